@@ -1,0 +1,1 @@
+"""Parts of `scripts/train_tiny_moe.py` and `scripts/measure_tiny_moe.py`."""

@@ -1,0 +1,110 @@
+"""The engine's configuration, and the pure function that resolves what was left open."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from routing_replay.errors import ConfigError
+from routing_replay.models import MoEModelConfig
+
+__all__ = ["EngineConfig", "LogprobsMode", "ResolvedConfig", "resolve_config"]
+
+
+class LogprobsMode(StrEnum):
+    """Which distribution returned logprobs belong to (names as in vLLM)."""
+
+    RAW = "raw_logprobs"
+    """The model's own distribution, before temperature, top-k and top-p."""
+
+    PROCESSED = "processed_logprobs"
+    """The distribution that the token was sampled from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of an engine; names are vLLM's where vLLM has them.
+
+    Attributes:
+        enable_return_routed_experts: Capture the routing of every request.
+        enable_prefix_caching: Reuse the KV blocks (and routing rows) of equal prompt prefixes.
+        block_size: Tokens of a KV block.
+        max_num_seqs: Most requests that run at once.
+        max_num_batched_tokens: Most tokens of a step; longer prompts are computed in chunks.
+        max_model_len: Longest sequence, prompt and output; None takes the model's limit, at most 8192.
+        num_kv_blocks: Blocks of the KV cache; None makes room for `max_num_seqs` sequences of full length, at most
+            `kv_cache_memory_bytes`.
+        kv_cache_memory_bytes: Upper bound on the KV cache where `num_kv_blocks` is None.
+        logprobs_mode: Which distribution logprobs belong to.
+        seed: Base of the seeds of requests that name none.
+    """
+
+    enable_return_routed_experts: bool = False
+    enable_prefix_caching: bool = True
+    block_size: int = 16
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 4096
+    max_model_len: int | None = None
+    num_kv_blocks: int | None = None
+    kv_cache_memory_bytes: int = 1 << 30
+    logprobs_mode: LogprobsMode = LogprobsMode.RAW
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check each number by itself."""
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_kv_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}; accepted is 1 or more")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}; "
+                "a step must have room for one token of every running request"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig:
+    """An `EngineConfig` with nothing left open.
+
+    Attributes:
+        engine: The settings, `max_model_len` and `num_kv_blocks` filled in.
+        max_model_len: Longest sequence.
+        num_kv_blocks: Blocks of the KV cache.
+    """
+
+    engine: EngineConfig
+    max_model_len: int
+    num_kv_blocks: int
+
+
+def resolve_config(config: EngineConfig, model: MoEModelConfig, *, kv_bytes_per_token: int) -> ResolvedConfig:
+    """Fill in what the settings leave open.
+
+    Args:
+        config: The settings.
+        model: The model they are for.
+        kv_bytes_per_token: Bytes of keys and values of one token in all layers.
+
+    Returns:
+        The settings with every number known.
+
+    Raises:
+        ConfigError: `max_model_len` is above the model's own limit, or the KV cache holds no block.
+    """
+    limit = model.max_position_embeddings
+    max_model_len = config.max_model_len or min(limit, 8192)
+    if max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len={max_model_len} is above the model's max_position_embeddings={limit}; ask for at most that"
+        )
+    blocks = config.num_kv_blocks
+    if blocks is None:
+        wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
+        affordable = config.kv_cache_memory_bytes // (kv_bytes_per_token * config.block_size)
+        blocks = min(wanted, affordable)
+    if blocks < 1:
+        raise ConfigError(
+            f"kv_cache_memory_bytes={config.kv_cache_memory_bytes} holds no block of {config.block_size} tokens "
+            f"({kv_bytes_per_token} bytes each); raise it"
+        )
+    engine = replace(config, max_model_len=max_model_len, num_kv_blocks=blocks)
+    return ResolvedConfig(engine=engine, max_model_len=max_model_len, num_kv_blocks=blocks)

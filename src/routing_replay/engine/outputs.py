@@ -1,0 +1,87 @@
+"""What a request returns, under vLLM's names."""
+
+from dataclasses import dataclass
+
+from routing_replay.errors import CaptureError, ConfigError
+from routing_replay.trace import RoutingTrace
+
+__all__ = ["CompletionOutput", "Logprob", "RequestOutput"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """The log-probability of a token at one position.
+
+    Attributes:
+        logprob: Natural logarithm.
+        rank: 1 for the most probable token.
+        decoded_token: Its text, None without a tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionOutput:
+    """One completion.
+
+    Attributes:
+        index: Which completion of the request.
+        text: Decoded tokens, without special ones; empty without a tokenizer.
+        token_ids: Generated tokens, a stop token included.
+        cumulative_logprob: Sum of the tokens' logprobs; None if none were asked for.
+        logprobs: Per token: the sampled token and the alternatives asked for.
+        finish_reason: `"stop"`, `"length"`, or `"error"`.
+        stop_reason: The token that ended the output, if it is not the model's own end token.
+        error: Why the request failed, if it did.
+        captured: The trace, if capture was on and the request did not fail.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float | None
+    logprobs: tuple[dict[int, Logprob], ...] | None
+    finish_reason: str
+    stop_reason: int | None = None
+    error: CaptureError | None = None
+    captured: RoutingTrace | None = None
+
+    @property
+    def routing(self) -> RoutingTrace:
+        """The trace of prompt and completion: a row for every token but the last.
+
+        Raises:
+            CaptureError: The request failed; this is its error.
+            ConfigError: The engine does not capture.
+        """
+        if self.error is not None:
+            raise self.error
+        if self.captured is None:
+            raise ConfigError(
+                "routing was not captured; make the engine with LLM(..., enable_return_routed_experts=True)"
+            )
+        return self.captured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """A finished request.
+
+    Attributes:
+        request_id: Unique in the engine.
+        prompt: The prompt's text, None if it came as tokens.
+        prompt_token_ids: The prompt's tokens.
+        outputs: Its completions.
+        finished: Always True for `LLM.generate`.
+        num_cached_tokens: Prompt tokens whose KV blocks and routing rows came from the prefix cache.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool = True
+    num_cached_tokens: int = 0

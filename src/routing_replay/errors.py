@@ -1,0 +1,64 @@
+"""The exceptions that this library raises on purpose.
+
+Each class is also a standard-library type, so that a caller who knows nothing of this package can still catch it::
+
+    RoutingReplayError
+    ├── ConfigError            (ValueError)           an argument or option is not accepted
+    ├── TraceFormatError       (ValueError)           bytes or arrays are not a well-formed trace
+    ├── TraceMismatchError     (ValueError)           a well-formed trace that belongs to other tokens or another model
+    ├── CaptureError           (RuntimeError)         routing was not captured as promised
+    │   └── CaptureOverflowError                      more rows than the device cache was sized for
+    ├── ReplayError            (RuntimeError)         a router did not take the experts that it was given
+    ├── UnsupportedModelError  (NotImplementedError)  a model that this library cannot load or attach to
+    └── IntegrationError       (RuntimeError)         a host package is missing or of an unsupported version
+
+Messages say what is wrong, the values, what is accepted, and what to do. Every class is picklable.
+"""
+
+__all__ = [
+    "CaptureError",
+    "CaptureOverflowError",
+    "ConfigError",
+    "IntegrationError",
+    "ReplayError",
+    "RoutingReplayError",
+    "TraceFormatError",
+    "TraceMismatchError",
+    "UnsupportedModelError",
+]
+
+
+class RoutingReplayError(Exception):
+    """Base class of every error that routing-replay raises on purpose."""
+
+
+class ConfigError(RoutingReplayError, ValueError):
+    """An argument, option or combination of options is not accepted."""
+
+
+class TraceFormatError(RoutingReplayError, ValueError):
+    """Bytes or arrays do not form a valid trace: truncated, altered, wrong shape, ids out of range."""
+
+
+class TraceMismatchError(RoutingReplayError, ValueError):
+    """A valid trace does not belong to the tokens, the trace or the model that it is used with."""
+
+
+class CaptureError(RoutingReplayError, RuntimeError):
+    """A request's routing was not captured completely; its rows are not returned."""
+
+
+class CaptureOverflowError(CaptureError):
+    """A step has more rows than the device cache was sized for."""
+
+
+class ReplayError(RoutingReplayError, RuntimeError):
+    """A replay did not happen as asked: a router did not fire, fired twice, or is of an unknown form."""
+
+
+class UnsupportedModelError(RoutingReplayError, NotImplementedError):
+    """A model, or a feature of its configuration, that this library does not support."""
+
+
+class IntegrationError(RoutingReplayError, RuntimeError):
+    """A host package is missing, or its version is not supported."""

@@ -1,0 +1,16 @@
+"""Fused mixture-of-experts ops in which routing can be recorded and forced."""
+
+from routing_replay.kernels.experts import ActivationType
+from routing_replay.kernels.fused_moe import Backend, bf16_moe
+from routing_replay.kernels.gather import MISSING_ID, RowFault, gather_rows
+from routing_replay.kernels.routing import RoutingMethodType
+
+__all__ = [
+    "MISSING_ID",
+    "ActivationType",
+    "Backend",
+    "RoutingMethodType",
+    "RowFault",
+    "bf16_moe",
+    "gather_rows",
+]

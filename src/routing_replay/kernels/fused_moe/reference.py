@@ -1,0 +1,82 @@
+"""The fused MoE in plain torch: route, run the experts, combine."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from routing_replay.kernels.experts import (
+    ActivationType,
+    ExpertWeights,
+    SwigluParameters,
+    experts_reference,
+)
+from routing_replay.kernels.routing import RoutingMethodType, route_reference
+
+__all__ = ["MoEOptions", "moe_reference"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEOptions:
+    """What is fixed for a layer.
+
+    Attributes:
+        top_k: K.
+        method: Routing method.
+        activation: Activation between the GEMMs.
+        local_expert_offset: First expert on this rank.
+    """
+
+    top_k: int
+    method: RoutingMethodType
+    activation: ActivationType
+    local_expert_offset: int
+
+
+def _local_ids(topk_ids: Tensor, num_experts: int, offset: int, num_local: int) -> Tensor:
+    """Ids on this rank `[T, K]`, -1 where the expert lives elsewhere, is no expert, or repeats in its row."""
+    local = topk_ids - offset
+    is_here = (topk_ids >= 0) & (topk_ids < num_experts) & (local >= 0) & (local < num_local)
+    repeated = (topk_ids.unsqueeze(2) == topk_ids.unsqueeze(1)).tril(diagonal=-1).any(dim=2)
+    return local.where(is_here & ~repeated, -1)
+
+
+def moe_reference(
+    routing_logits: Tensor,
+    hidden_states: Tensor,
+    weights: ExpertWeights,
+    parameters: SwigluParameters,
+    options: MoEOptions,
+    *,
+    routing_replay_out: Tensor | None,
+    routing_replay_in: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything of a fused MoE but the final sum.
+
+    Args:
+        routing_logits: `[T, E]`.
+        hidden_states: `[T, H]`.
+        weights: Weights of the local experts.
+        parameters: Per-expert parameters of Swiglu.
+        options: Routing method, activation, K, expert offset.
+        routing_replay_out: int16 `[>= T, K]`; rows `[0, T)` are overwritten with the ids in use.
+        routing_replay_in: int16 `[>= T, K]` ids to force; a row that starts with -1 routes natively.
+
+    Returns:
+        `gemm2_output` `[rows, H]`, `topk_weights` float32 `[T, K]`, `expanded_idx_to_permuted_idx` int32 `[T * K]`.
+
+    Runtime: one host sync; allocates O(T*(E+K*(H+I))); not CUDA-graph safe; bitwise deterministic for one shape.
+    """
+    num_tokens, num_experts = routing_logits.shape
+    topk_weights, topk_ids = route_reference(
+        routing_logits, options.top_k, options.method, routing_replay_in=routing_replay_in
+    )
+    if routing_replay_out is not None:
+        routing_replay_out[:num_tokens] = topk_ids.to(torch.int16)
+    local_ids = _local_ids(
+        topk_ids, num_experts, options.local_expert_offset, weights.gemm1_weights.shape[0]
+    )
+    gemm2_output, permuted = experts_reference(
+        hidden_states, local_ids, weights, options.activation, parameters
+    )
+    return gemm2_output, topk_weights, permuted

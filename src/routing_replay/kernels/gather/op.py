@@ -1,0 +1,81 @@
+"""`gather_rows`: the public op around the gather of a step's routing rows."""
+
+import torch
+from torch import Tensor
+
+from routing_replay.errors import ConfigError
+from routing_replay.kernels.gather.reference import gather_rows_reference
+
+__all__ = ["gather_rows"]
+
+
+@torch.library.custom_op(
+    "routing_replay::gather_rows", mutates_args=("cache", "rows_out", "flags_out")
+)
+def _gather_op(
+    cache: Tensor, row_idx: Tensor, rows_out: Tensor, flags_out: Tensor, num_reset: int, num_experts: int
+) -> None:
+    if cache.device.type == "cuda":
+        from routing_replay.kernels.gather._triton import launch_gather_rows
+
+        launch_gather_rows(cache, row_idx, rows_out, flags_out, num_reset, num_experts)
+    else:
+        gather_rows_reference(cache, row_idx, rows_out, flags_out, num_reset, num_experts)
+
+
+@_gather_op.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+def _check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: str, ok: bool) -> None:
+    if tensor.dtype not in dtypes:
+        accepted = " or ".join(str(dtype) for dtype in dtypes)
+        raise ConfigError(f"{name} is {tensor.dtype}; accepted is {accepted}")
+    if not ok:
+        raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; accepted is {shape}")
+    if not tensor.is_contiguous():
+        raise ConfigError(f"{name} has strides {tensor.stride()}; pass a contiguous tensor")
+
+
+def gather_rows(
+    cache: Tensor,
+    row_idx: Tensor,
+    *,
+    rows_out: Tensor,
+    flags_out: Tensor,
+    num_reset: int,
+    num_experts: int,
+) -> None:
+    """Copy a step's rows out of the device cache, check them, and reset the bucket: one pass, no host sync.
+
+    Args:
+        cache: int16 `[L, N, K]`, contiguous; rows `[0, num_reset)` of every layer are -1 afterwards.
+        row_idx: int64 `[n]`, cache rows to take, each in `[0, num_reset)` (device data, not checked here).
+        rows_out: uint8 (where `num_experts <= 255`) or int16, `[>= n, L, K]`, contiguous. In uint8 a bad id is 255.
+        flags_out: uint8 `[>= n]`, contiguous: `RowFault` bits of each row, 0 for a good one.
+        num_reset: Rows of the step's bucket, padding rows included, `n <= num_reset <= N`.
+        num_experts: E.
+
+    Raises:
+        ConfigError: A dtype, shape, stride or count is not accepted.
+
+    Runtime: no host sync; allocates nothing on a GPU (the CPU reference O(n*L*K)); CUDA-graph safe; bitwise
+        deterministic; no gradients.
+    """
+    num_rows = row_idx.shape[0]
+    out_dtypes = (torch.uint8, torch.int16) if num_experts <= 255 else (torch.int16,)
+    _check("cache", cache, (torch.int16,), "[L, N, K]", cache.ndim == 3)
+    _check("row_idx", row_idx, (torch.int64,), "[n]", row_idx.ndim == 1)
+    num_layers, capacity, top_k = cache.shape
+    fits = rows_out.ndim == 3 and rows_out.shape[0] >= num_rows
+    fits = fits and tuple(rows_out.shape[1:]) == (num_layers, top_k)
+    _check("rows_out", rows_out, out_dtypes, f"[>= {num_rows}, {num_layers}, {top_k}]", fits)
+    fits = flags_out.ndim == 1 and flags_out.shape[0] >= num_rows
+    _check("flags_out", flags_out, (torch.uint8,), f"[>= {num_rows}]", fits)
+    if not num_rows <= num_reset <= capacity:
+        raise ConfigError(
+            f"num_reset={num_reset} is outside [{num_rows} rows to gather, {capacity} rows of the cache]"
+        )
+    if num_reset:
+        _gather_op(cache, row_idx, rows_out, flags_out, num_reset, num_experts)

@@ -1,0 +1,58 @@
+"""Gathering a step's routing rows in plain torch: copy, check, reset."""
+
+from enum import IntFlag
+
+import torch
+from torch import Tensor
+
+__all__ = ["MISSING_ID", "MISSING_ID_UINT8", "RowFault", "gather_rows_reference"]
+
+MISSING_ID = -1
+"""The id of a row that nothing wrote, in int16 buffers."""
+
+MISSING_ID_UINT8 = 255
+"""The same after narrowing to uint8, which is done only where `num_experts <= 255`."""
+
+
+class RowFault(IntFlag):
+    """What is wrong with a gathered row; 0 is a good row."""
+
+    MISSING = 1
+    """Some layer wrote no id (the reset value -1 is still there)."""
+
+    OUT_OF_RANGE = 2
+    """Some id is neither -1 nor in `[0, num_experts)`."""
+
+    DUPLICATE = 4
+    """Some layer holds the same id twice in the row."""
+
+
+def gather_rows_reference(
+    cache: Tensor, row_idx: Tensor, rows_out: Tensor, flags_out: Tensor, num_reset: int, num_experts: int
+) -> None:
+    """Copy rows out of the device cache, flag the bad ones, and reset the step's rows to -1.
+
+    Args:
+        cache: int16 `[L, N, K]`; rows `[0, num_reset)` of every layer are -1 afterwards.
+        row_idx: int64 `[n]`, cache rows to take.
+        rows_out: uint8 or int16 `[>= n, L, K]`; rows `[0, n)` are overwritten. In uint8 a bad id becomes 255.
+        flags_out: uint8 `[>= n]`; rows `[0, n)` are overwritten with `RowFault` bits.
+        num_reset: Rows of the step's bucket, padding rows included.
+        num_experts: E.
+
+    Runtime: no host sync; allocates O(n*L*K^2); CUDA-graph safe; bitwise deterministic; no gradients.
+    """
+    num_rows = row_idx.shape[0]
+    rows = cache[:, row_idx].transpose(0, 1)  # [n, L, K]
+    is_missing = rows == MISSING_ID
+    is_foreign = ~is_missing & ((rows < 0) | (rows >= num_experts))
+    ascending = rows.sort(dim=-1).values
+    is_repeated = (ascending[..., 1:] == ascending[..., :-1]) & (ascending[..., 1:] != MISSING_ID)
+    flags = is_missing.flatten(1).any(1) * int(RowFault.MISSING)
+    flags = flags + is_foreign.flatten(1).any(1) * int(RowFault.OUT_OF_RANGE)
+    flags = flags + is_repeated.flatten(1).any(1) * int(RowFault.DUPLICATE)
+    if rows_out.dtype is torch.uint8:
+        rows = rows.masked_fill(is_missing | is_foreign, MISSING_ID_UINT8)
+    rows_out[:num_rows] = rows.to(rows_out.dtype)
+    flags_out[:num_rows] = flags.to(torch.uint8)
+    cache[:, :num_reset] = MISSING_ID

@@ -1,0 +1,212 @@
+"""The blocks that every MoE decoder family is built from."""
+
+import torch
+from torch import Tensor, nn
+
+from routing_replay.kernels import RoutingMethodType, bf16_moe
+from routing_replay.models.config import MoEModelConfig
+from routing_replay.models.step import StepInputs
+
+__all__ = ["DenseMlp", "MoEBlock", "PagedAttention", "RMSNorm", "RotaryEmbedding"]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, in float32, scaled in the dtype of the input (as Hugging Face does).
+
+    Args:
+        size: Length of the last axis.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[..., size]`."""
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self._eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class RotaryEmbedding:
+    """Rotary position embedding, halves rotated against each other; its angles are float32 in every model dtype.
+
+    Args:
+        head_dim: Size of a head.
+        theta: Base of the frequencies.
+    """
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        self._head_dim = head_dim
+        self._theta = theta
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine `[T, 1, head_dim]` in `dtype` of int64 positions `[T]`."""
+        exponent = torch.arange(0, self._head_dim, 2, dtype=torch.float32, device=positions.device)
+        inverse_frequency = 1.0 / self._theta ** (exponent / self._head_dim)
+        angles = positions.float().unsqueeze(1) * inverse_frequency
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    @staticmethod
+    def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate `[T, heads, head_dim]`."""
+        first, second = x.chunk(2, dim=-1)
+        return x * angles[0] + torch.cat((-second, first), dim=-1) * angles[1]
+
+
+class PagedAttention(nn.Module):
+    """Causal grouped-query attention with per-head norms, over keys and values in a paged cache.
+
+    Args:
+        config: Sizes of the model.
+    """
+
+    def __init__(self, config: MoEModelConfig) -> None:
+        super().__init__()
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._head_dim = config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: Tensor, angles: tuple[Tensor, Tensor], kv_cache: Tensor, step: StepInputs
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            hidden_states: `[T, H]`.
+            angles: Cosine and sine of the rows' positions.
+            kv_cache: `[2, num_blocks, block_size, kv_heads, head_dim]` of this layer; the step's slots are written.
+            step: Where the rows live.
+
+        Returns:
+            `[T, H]`.
+        """
+        head_shape = (hidden_states.shape[0], -1, self._head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(head_shape))
+        key = self.k_norm(self.k_proj(hidden_states).view(head_shape))
+        value = self.v_proj(hidden_states).view(head_shape)
+        query, key = RotaryEmbedding.rotate(query, angles), RotaryEmbedding.rotate(key, angles)
+        kv_cache[0].flatten(0, 1)[step.slot_mapping] = key
+        kv_cache[1].flatten(0, 1)[step.slot_mapping] = value
+        out = torch.empty_like(query)
+        if step.num_decodes:
+            out[: step.num_decodes] = _attend_decodes(query[: step.num_decodes], kv_cache, step)
+        for index in range(step.num_decodes, len(step.spans)):
+            span = step.spans[index]
+            rows = slice(span.first_row, span.first_row + span.num_tokens)
+            blocks = step.block_tables[index]
+            out[rows] = _attend_chunk(query[rows], kv_cache, blocks, span.context_len)
+        return self.o_proj(out.flatten(1))
+
+
+def _attend_decodes(query: Tensor, kv_cache: Tensor, step: StepInputs) -> Tensor:
+    """One query row per sequence `[B, heads, D]` against its padded context; the mask hides the padding."""
+    tables = step.block_tables[: step.num_decodes]
+    key = kv_cache[0][tables].flatten(1, 2).transpose(1, 2)  # [B, kv_heads, S, D]
+    value = kv_cache[1][tables].flatten(1, 2).transpose(1, 2)
+    out = nn.functional.scaled_dot_product_attention(
+        query.unsqueeze(2), key, value, attn_mask=step.decode_mask, enable_gqa=True
+    )
+    return out.squeeze(2)
+
+
+def _attend_chunk(query: Tensor, kv_cache: Tensor, blocks: Tensor, context_len: int) -> Tensor:
+    """The last rows `[n, heads, D]` of one sequence against its whole context, causally."""
+    num_tokens, block_size = query.shape[0], kv_cache.shape[2]
+    used = blocks[: -(-context_len // block_size)]
+    key = kv_cache[0][used].flatten(0, 1)[:context_len].transpose(0, 1)
+    value = kv_cache[1][used].flatten(0, 1)[:context_len].transpose(0, 1)
+    mask = torch.ones(num_tokens, context_len, dtype=torch.bool, device=query.device)
+    mask = mask.tril(diagonal=context_len - num_tokens)
+    out = nn.functional.scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0),
+        key.unsqueeze(0),
+        value.unsqueeze(0),
+        attn_mask=mask,
+        enable_gqa=True,
+    )
+    return out.squeeze(0).transpose(0, 1)
+
+
+class DenseMlp(nn.Module):
+    """The gated MLP of a dense layer.
+
+    Args:
+        config: Sizes of the model.
+    """
+
+    def __init__(self, config: MoEModelConfig) -> None:
+        super().__init__()
+        hidden_size, size = config.hidden_size, config.dense_intermediate_size
+        self.gate_proj = nn.Linear(hidden_size, size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, size, bias=False)
+        self.down_proj = nn.Linear(size, hidden_size, bias=False)
+
+    def forward(
+        self, hidden_states: Tensor, _replay_out: Tensor | None, _replay_in: Tensor | None
+    ) -> Tensor:
+        """Map `[T, H]` to `[T, H]`; a dense layer routes nothing."""
+        gate = nn.functional.silu(self.gate_proj(hidden_states))
+        return self.down_proj(gate * self.up_proj(hidden_states))
+
+
+class MoEBlock(nn.Module):
+    """Router GEMM and fused experts.
+
+    Args:
+        config: Sizes and routing of the model.
+    """
+
+    def __init__(self, config: MoEModelConfig) -> None:
+        super().__init__()
+        num_experts, size = config.num_experts, config.moe_intermediate_size
+        self._config = config
+        self._method = (
+            RoutingMethodType.RenormalizeNaive if config.norm_topk_prob else RoutingMethodType.Default
+        )
+        self.gate = nn.Linear(config.hidden_size, num_experts, bias=False)
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, config.hidden_size, size))
+
+    def forward(
+        self, hidden_states: Tensor, replay_out: Tensor | None, replay_in: Tensor | None
+    ) -> Tensor:
+        """Route and run the experts.
+
+        Args:
+            hidden_states: `[T, H]`.
+            replay_out: int16 `[>= T, K]` that receives the experts in use, or None.
+            replay_in: int16 `[>= T, K]` of experts to use; rows of -1 route natively. Or None.
+
+        Returns:
+            `[T, H]`.
+        """
+        config = self._config
+        out = bf16_moe(
+            self.gate(hidden_states),
+            None,
+            hidden_states,
+            self.gate_up_proj,
+            self.down_proj,
+            config.num_experts,
+            config.top_k,
+            None,
+            None,
+            config.moe_intermediate_size,
+            0,
+            config.num_experts,
+            routing_method_type=self._method,
+            routing_replay_out=replay_out,
+            routing_replay_in=replay_in,
+        )
+        assert isinstance(out, Tensor)
+        return out

@@ -1,0 +1,23 @@
+"""The routing trace: which experts every token of one sequence met, with what is needed to check it.
+
+Depends on numpy alone; torch is imported only inside `RoutingTrace.to_torch`. The file and wire
+format is specified in `docs/trace_format.md`.
+"""
+
+from routing_replay.trace._digest import token_digests
+from routing_replay.trace._dtype import trace_id_dtype
+from routing_replay.trace._file import load_trace, save_trace
+from routing_replay.trace._tensors import TraceTensors
+from routing_replay.trace._trace import RoutingTrace
+from routing_replay.trace._wire import decode_trace, encode_trace
+
+__all__ = [
+    "RoutingTrace",
+    "TraceTensors",
+    "decode_trace",
+    "encode_trace",
+    "load_trace",
+    "save_trace",
+    "token_digests",
+    "trace_id_dtype",
+]
