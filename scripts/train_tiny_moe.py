@@ -20,8 +20,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from tiny_moe.corpus import END, PAD, Corpus, format_prompt, make_corpus, save_tokenizer
-from tiny_moe.corpus import train_tokenizer
+from tiny_moe.corpus import (
+    END,
+    PAD,
+    Corpus,
+    format_prompt,
+    make_corpus,
+    save_tokenizer,
+    train_tokenizer,
+)
 from tiny_moe.modelling import RouterTap, balance_loss, language_loss, sample, use_dense_experts
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -238,7 +245,7 @@ def make_step(
     settings: Settings,
     tokens: Tensor,
     labels: Tensor,
-):  # noqa: ANN201 (a local closure)
+):
     """Return a function that takes one step, as a CUDA graph where there is a GPU.
 
     Args:
@@ -316,9 +323,7 @@ def optimizer_rate(
 
 
 @torch.no_grad()
-def share_solved(
-    model: Qwen3MoeForCausalLM, tokenizer: Tokenizer, settings: Settings
-) -> float:
+def share_solved(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer, settings: Settings) -> float:
     """Return the share of held-out problems that one sample at temperature 1 solves.
 
     Args:

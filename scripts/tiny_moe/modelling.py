@@ -103,9 +103,7 @@ def balance_loss(router_logits: list[Tensor], top_k: int, is_real: Tensor) -> Te
     return torch.stack(losses).mean()
 
 
-def language_loss(
-    logits: Tensor, labels: Tensor, z_weight: float
-) -> tuple[Tensor, Tensor]:
+def language_loss(logits: Tensor, labels: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
     """Return the next-token loss and the z-loss of the output logits.
 
     The z-loss keeps log sum exp near 0, so that the logit of a likely token is small and bfloat16
@@ -165,6 +163,4 @@ def sample(
         rows[index[is_open], ends[is_open]] = tokens[is_open]
         ends = ends + is_open
         is_open &= (tokens != end_id) & (ends < length)
-    return [
-        rows[row, int(starts[row]) : int(ends[row])].tolist() for row in range(len(prompts))
-    ]
+    return [rows[row, int(starts[row]) : int(ends[row])].tolist() for row in range(len(prompts))]

@@ -23,9 +23,9 @@ def canary_ids(spec: RoutingSpec, num_rows: int) -> NDArray[np.int16]:
     layers = np.arange(spec.num_moe_layers).reshape(1, -1, 1)
     ranks = np.arange(spec.top_k).reshape(1, 1, -1)
     # With K == E every row holds every expert; the offset then still rotates their order.
-    return ((rows + layers * (spec.top_k % spec.num_experts + 1) + ranks) % spec.num_experts).astype(
-        np.int16
-    )
+    return (
+        (rows + layers * (spec.top_k % spec.num_experts + 1) + ranks) % spec.num_experts
+    ).astype(np.int16)
 
 
 def check_canary(

@@ -68,7 +68,9 @@ class DeviceCache:
 
     def __init__(self, spec: RoutingSpec, *, num_rows: int, device: torch.device) -> None:
         if num_rows < 1:
-            raise ConfigError(f"num_rows={num_rows}; the device cache needs one row per token of the largest step")
+            raise ConfigError(
+                f"num_rows={num_rows}; the device cache needs one row per token of the largest step"
+            )
         self.spec = spec
         self.num_rows = num_rows
         shape = (spec.num_moe_layers, num_rows, spec.top_k)

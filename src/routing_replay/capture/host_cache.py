@@ -101,7 +101,9 @@ class HostCache:
             CaptureError: A block holds no rows of that epoch, or not all of them.
         """
         if request_id in self._requests:
-            raise ConfigError(f"request {request_id!r} is running already; pass an id that is not in use")
+            raise ConfigError(
+                f"request {request_id!r} is running already; pass an id that is not in use"
+            )
         rows = _Rows(self._row_shape, self._dtype)
         for position, block in enumerate(prefix):
             epoch = int(self._block_epoch[block.block_id])
@@ -125,7 +127,9 @@ class HostCache:
         """
         self._requests[request_id].write(start, ids, np.ones(len(ids), np.bool_))
 
-    def write_blocks(self, blocks: Sequence[BlockRef], start: int, ids: NDArray[np.integer]) -> None:
+    def write_blocks(
+        self, blocks: Sequence[BlockRef], start: int, ids: NDArray[np.integer]
+    ) -> None:
         """Add the same rows to the KV blocks that hold their tokens.
 
         Args:
@@ -139,7 +143,9 @@ class HostCache:
                 self._block_epoch[block.block_id] = block.epoch
                 self._block_valid[block.block_id] = False
             low, high = max(first, start), min(first + self._block_size, start + len(ids))
-            self._block_ids[block.block_id, low - first : high - first] = ids[low - start : high - start]
+            self._block_ids[block.block_id, low - first : high - first] = ids[
+                low - start : high - start
+            ]
             self._block_valid[block.block_id, low - first : high - first] = True
 
     def take(self, request_id: str, num_rows: int) -> RequestRows:

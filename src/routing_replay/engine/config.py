@@ -50,7 +50,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Check each number by itself."""
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_kv_blocks"):
+        for name in (
+            "block_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "num_kv_blocks",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}; accepted is 1 or more")
@@ -76,7 +82,9 @@ class ResolvedConfig:
     num_kv_blocks: int
 
 
-def resolve_config(config: EngineConfig, model: MoEModelConfig, *, kv_bytes_per_token: int) -> ResolvedConfig:
+def resolve_config(
+    config: EngineConfig, model: MoEModelConfig, *, kv_bytes_per_token: int
+) -> ResolvedConfig:
     """Fill in what the settings leave open.
 
     Args:

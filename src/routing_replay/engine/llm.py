@@ -57,7 +57,9 @@ class LLM:
             config = replace(config, enable_return_routed_experts=enable_return_routed_experts)
         folder = Path(model)
         self.tokenizer: ModelTokenizer | None = load_tokenizer(folder)
-        self.core = EngineCore(folder, dtype=_DTYPES[dtype], device=torch.device(device), config=config)
+        self.core = EngineCore(
+            folder, dtype=_DTYPES[dtype], device=torch.device(device), config=config
+        )
 
     def generate(
         self,
@@ -86,12 +88,16 @@ class LLM:
         Runtime: synchronous; safe against interruption: blocks and rows of dropped requests are freed.
         """
         items = _as_prompts(prompts)
-        params = _one_each("sampling_params", sampling_params or SamplingParams(), SamplingParams, items)
+        params = _one_each(
+            "sampling_params", sampling_params or SamplingParams(), SamplingParams, items
+        )
         traces = _one_each("replay", replay, RoutingTrace, items)
         requests: list[Request] = []
         for item, settings, trace in zip(items, params, traces, strict=True):
             text, token_ids = self._tokens_of(item)
-            request = self.core.make_request(token_ids, settings or SamplingParams(), prompt=text, replay=trace)
+            request = self.core.make_request(
+                token_ids, settings or SamplingParams(), prompt=text, replay=trace
+            )
             requests.append(request)
         finished = self.core.run(requests)
         return [self._output(request, finished[request.request_id]) for request in requests]
@@ -114,8 +120,12 @@ class LLM:
             ConfigError: The model has no tokenizer or chat template, or as `generate`.
         """
         if self.tokenizer is None:
-            raise ConfigError("the model folder has no tokenizer.json; pass token ids to generate()")
-        return self.generate([self.tokenizer.render_chat(turns) for turns in messages], sampling_params)
+            raise ConfigError(
+                "the model folder has no tokenizer.json; pass token ids to generate()"
+            )
+        return self.generate(
+            [self.tokenizer.render_chat(turns) for turns in messages], sampling_params
+        )
 
     def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
@@ -126,14 +136,18 @@ class LLM:
             return prompt, self.tokenizer.encode(prompt)
         if isinstance(prompt, Mapping):
             if set(prompt) != {"prompt_token_ids"}:
-                raise ConfigError(f"a prompt has keys {sorted(prompt)}; accepted is {{'prompt_token_ids': [...]}}")
+                raise ConfigError(
+                    f"a prompt has keys {sorted(prompt)}; accepted is {{'prompt_token_ids': [...]}}"
+                )
             prompt = prompt["prompt_token_ids"]
         return None, [int(token) for token in prompt]
 
     def _output(self, request: Request, captured: RoutingTrace | None) -> RequestOutput:
         token_ids = tuple(request.output_ids)
         with_logprobs = request.params.logprobs is not None
-        logprobs = tuple(self._with_text(entry) for entry in request.logprobs) if with_logprobs else None
+        logprobs = (
+            tuple(self._with_text(entry) for entry in request.logprobs) if with_logprobs else None
+        )
         total = (
             None
             if logprobs is None
@@ -162,7 +176,9 @@ class LLM:
         if self.tokenizer is None:
             return entry
         decode = self.tokenizer.decode
-        return {token: replace(value, decoded_token=decode([token])) for token, value in entry.items()}
+        return {
+            token: replace(value, decoded_token=decode([token])) for token, value in entry.items()
+        }
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -183,5 +199,7 @@ def _one_each(
         return [value] * len(prompts)
     values: list[_T | None] = list(value)  # pyright: ignore[reportArgumentType]
     if len(values) != len(prompts):
-        raise ConfigError(f"{name} has {len(values)} entries for {len(prompts)} prompts; pass one for each, or one for all")
+        raise ConfigError(
+            f"{name} has {len(values)} entries for {len(prompts)} prompts; pass one for each, or one for all"
+        )
     return values

@@ -50,7 +50,12 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: Qwen3MoEModel, config: ResolvedConfig, *, device: torch.device, dtype: torch.dtype
+        self,
+        model: Qwen3MoEModel,
+        config: ResolvedConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self._model = model
         self._block_size = config.engine.block_size
@@ -97,7 +102,9 @@ class ModelRunner:
             )
             for part in parts
         ]
-        tokens = [part.request.token_ids[part.start : part.start + part.num_tokens] for part in parts]
+        tokens = [
+            part.request.token_ids[part.start : part.start + part.num_tokens] for part in parts
+        ]
         step = self._step_inputs(spans, tokens, [part.samples for part in parts])
         is_forced = self._fill_replay_buffer(parts)
         logits = self._forward(step, is_forced=is_forced)
@@ -152,7 +159,9 @@ class ModelRunner:
             slot_mapping=self._to_device(slots),
             block_tables=self._to_device(tables),
             spans=tuple(
-                SequenceSpan(first_row=int(end) - s.num_rows, num_tokens=s.num_rows, context_len=int(length))
+                SequenceSpan(
+                    first_row=int(end) - s.num_rows, num_tokens=s.num_rows, context_len=int(length)
+                )
                 for s, end, length in zip(spans, ends, context, strict=True)
             ),
             num_decodes=num_decodes,

@@ -31,7 +31,9 @@ def _keep_top_k(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     if min(limits) >= logits.shape[1]:
         return logits
     rank = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return logits.masked_fill(rank >= torch.tensor(limits, device=logits.device)[:, None], -torch.inf)
+    return logits.masked_fill(
+        rank >= torch.tensor(limits, device=logits.device)[:, None], -torch.inf
+    )
 
 
 def _keep_top_p(logits: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -43,11 +45,15 @@ def _keep_top_p(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     # A token stays if the more probable ones do not reach the limit without it; so the first always stays.
     limit = torch.tensor(limits, device=logits.device)[:, None]
     is_dropped = (probs.cumsum(dim=-1) - probs >= limit) & (limit < 1.0)
-    return logits.masked_fill(torch.zeros_like(is_dropped).scatter(1, order, is_dropped), -torch.inf)
+    return logits.masked_fill(
+        torch.zeros_like(is_dropped).scatter(1, order, is_dropped), -torch.inf
+    )
 
 
 def _process(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    temperatures = torch.tensor([r.params.temperature or 1.0 for r in requests], device=logits.device)
+    temperatures = torch.tensor(
+        [r.params.temperature or 1.0 for r in requests], device=logits.device
+    )
     return _keep_top_p(_keep_top_k(logits / temperatures[:, None], requests), requests)
 
 

@@ -34,11 +34,15 @@ class SamplingParams:
     def __post_init__(self) -> None:
         """Check every value."""
         if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature={self.temperature}; accepted is a finite number of 0 or more")
+            raise ConfigError(
+                f"temperature={self.temperature}; accepted is a finite number of 0 or more"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p={self.top_p}; accepted is above 0 and at most 1")
         if self.top_k < -1:
-            raise ConfigError(f"top_k={self.top_k}; accepted is 1 or more, or 0 or -1 for all tokens")
+            raise ConfigError(
+                f"top_k={self.top_k}; accepted is 1 or more, or 0 or -1 for all tokens"
+            )
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens}; accepted is 1 or more")
         if self.logprobs is not None and self.logprobs < 0:

@@ -69,7 +69,9 @@ class Scheduler:
             ConfigError: It is empty, or longer than a sequence or the KV cache may be.
         """
         if request.num_prompt_tokens == 0:
-            raise ConfigError(f"request {request.request_id!r} has an empty prompt; pass at least one token")
+            raise ConfigError(
+                f"request {request.request_id!r} has an empty prompt; pass at least one token"
+            )
         limit = self._config.max_model_len
         if request.max_len > limit:
             raise ConfigError(

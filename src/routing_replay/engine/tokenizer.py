@@ -45,7 +45,9 @@ class ModelTokenizer:
             ConfigError: The model has no chat template.
         """
         if self._chat_template is None:
-            raise ConfigError("the model folder has no chat template; pass prompts to generate() instead")
+            raise ConfigError(
+                "the model folder has no chat template; pass prompts to generate() instead"
+            )
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         template = environment.from_string(self._chat_template)
         return template.render(messages=list(messages), add_generation_prompt=True)

@@ -129,7 +129,7 @@ def load_model_config(folder: Path) -> MoEModelConfig:
     raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
     _check_supported(raw)
     num_layers = int(_require(raw, "num_hidden_layers"))
-    dense = set(raw.get("mlp_only_layers") or ())
+    dense: set[int] = set(raw.get("mlp_only_layers") or ())
     step = int(raw.get("decoder_sparse_step", 1))
     moe_layer_ids = tuple(i for i in range(num_layers) if i not in dense and (i + 1) % step == 0)
     if not moe_layer_ids:

@@ -77,7 +77,11 @@ class PagedAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, angles: tuple[Tensor, Tensor], kv_cache: Tensor, step: StepInputs
+        self,
+        hidden_states: Tensor,
+        angles: tuple[Tensor, Tensor],
+        kv_cache: Tensor,
+        step: StepInputs,
     ) -> Tensor:
         """Attend.
 
@@ -171,7 +175,9 @@ class MoEBlock(nn.Module):
         num_experts, size = config.num_experts, config.moe_intermediate_size
         self._config = config
         self._method = (
-            RoutingMethodType.RenormalizeNaive if config.norm_topk_prob else RoutingMethodType.Default
+            RoutingMethodType.RenormalizeNaive
+            if config.norm_topk_prob
+            else RoutingMethodType.Default
         )
         self.gate = nn.Linear(config.hidden_size, num_experts, bias=False)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * size, config.hidden_size))

@@ -85,7 +85,9 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Qwe
     Runtime: reads one tensor at a time; synchronous; no gradients.
     """
     if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} holds no config.json; pass the folder of a Hugging Face Qwen3-MoE model")
+        raise ConfigError(
+            f"{folder} holds no config.json; pass the folder of a Hugging Face Qwen3-MoE model"
+        )
     config = load_model_config(folder)
     with torch.device("meta"):
         model = Qwen3MoEModel(config)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from routing_replay.models.config import MoEModelConfig
@@ -86,7 +85,8 @@ class Qwen3MoEModel(nn.Module):
         for layer_idx, layer in enumerate(self.layers):
             hidden_states = layer(hidden_states, angles, kv_cache[layer_idx], step, routing)
         hidden_states = self.norm(hidden_states[step.sample_rows])
-        return self.lm_head(hidden_states).to(torch.float32)
+        # In bfloat16, logits of magnitude 16 would be rounded by up to 1/16: more than all routing differences do.
+        return hidden_states.float() @ self.lm_head.weight.float().t()
 
     def checkpoint_names(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of a Hugging Face checkpoint with the place that it is loaded into.

@@ -55,7 +55,9 @@ class MoEShape:
             )
 
 
-def check_replay_buffer(name: str, buffer: Tensor | None, shape: MoEShape, device: torch.device) -> None:
+def check_replay_buffer(
+    name: str, buffer: Tensor | None, shape: MoEShape, device: torch.device
+) -> None:
     """Check a replay buffer in FlashInfer's order: dtype, rank, columns, rows, contiguity, device.
 
     Args:
@@ -87,14 +89,18 @@ def check_replay_buffer(name: str, buffer: Tensor | None, shape: MoEShape, devic
             f"{name} must be contiguous (packed row-major), got strides {buffer.stride()}; pass a contiguous buffer"
         )
     if buffer.device != device:
-        raise ConfigError(f"{name} is on {buffer.device}, hidden_states on {device}; use one device")
+        raise ConfigError(
+            f"{name} is on {buffer.device}, hidden_states on {device}; use one device"
+        )
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     if tuple(tensor.shape) != shape:
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
     if tensor.device != like.device:
-        raise ConfigError(f"{name} is on {tensor.device}, hidden_states on {like.device}; use one device")
+        raise ConfigError(
+            f"{name} is on {tensor.device}, hidden_states on {like.device}; use one device"
+        )
 
 
 def _check_optional(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
@@ -116,7 +122,9 @@ def _check_method(
         raise ConfigError(f"routing_bias is given but routing method {name} takes none; pass None")
     for argument, value in zip(("n_group", "topk_group"), groups, strict=True):
         if value not in (None, 0, 1):
-            raise ConfigError(f"{argument}={value} but routing method {name} has no groups; pass None")
+            raise ConfigError(
+                f"{argument}={value} but routing method {name} has no groups; pass None"
+            )
 
 
 def check_moe_arguments(
@@ -161,20 +169,30 @@ def check_moe_arguments(
         )
     for name, tensor in (("routing_logits", routing_logits), ("hidden_states", hidden_states)):
         if tensor.dtype not in _FLOAT_DTYPES:
-            raise ConfigError(f"{name} is {tensor.dtype}; accepted are torch.bfloat16 and torch.float32")
+            raise ConfigError(
+                f"{name} is {tensor.dtype}; accepted are torch.bfloat16 and torch.float32"
+            )
     num_rows = shape.intermediate_size * (2 if ActivationType(activation_type).is_gated else 1)
     expected = (
         (shape.local_num_experts, num_rows, shape.hidden_size),
         (shape.local_num_experts, shape.hidden_size, shape.intermediate_size),
     )
-    _check_tensor("routing_logits", routing_logits, (shape.num_tokens, shape.num_experts), hidden_states)
-    for name, tensor, size in zip(("gemm1_weights", "gemm2_weights"), weights, expected, strict=True):
+    _check_tensor(
+        "routing_logits", routing_logits, (shape.num_tokens, shape.num_experts), hidden_states
+    )
+    for name, tensor, size in zip(
+        ("gemm1_weights", "gemm2_weights"), weights, expected, strict=True
+    ):
         _check_tensor(name, tensor, size, hidden_states)
         if tensor.dtype is not hidden_states.dtype:
-            raise ConfigError(f"{name} is {tensor.dtype}, hidden_states {hidden_states.dtype}; use one dtype")
+            raise ConfigError(
+                f"{name} is {tensor.dtype}, hidden_states {hidden_states.dtype}; use one dtype"
+            )
     for name, (tensor, width) in per_expert.items():
         size = (shape.local_num_experts, width) if width else (shape.local_num_experts,)
         _check_optional(name, tensor, size, hidden_states)
     _check_optional("output", output, (shape.num_tokens, shape.hidden_size), hidden_states)
     if output is not None and output.dtype is not hidden_states.dtype:
-        raise ConfigError(f"output is {output.dtype}, hidden_states {hidden_states.dtype}; use one dtype")
+        raise ConfigError(
+            f"output is {output.dtype}, hidden_states {hidden_states.dtype}; use one dtype"
+        )

@@ -83,9 +83,7 @@ def _(
     )
 
 
-@torch.library.custom_op(
-    "routing_replay::bf16_moe", mutates_args=("output", "routing_replay_out")
-)
+@torch.library.custom_op("routing_replay::bf16_moe", mutates_args=("output", "routing_replay_out"))
 def _moe_op(
     output: Tensor,
     routing_logits: Tensor,

@@ -1,5 +1,8 @@
 """The gather of a step's routing rows as one Triton kernel."""
 
+# pyright: basic, reportIndexIssue=false, reportAttributeAccessIssue=false
+# Triton's stubs describe neither launches nor the values inside a kernel.
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +39,9 @@ def _gather_rows_kernel(
         for layer in range(NUM_LAYERS):
             reset = (layer.to(tl.int64) * capacity + row[:, None]) * TOP_K + column[None, :]
             in_bucket = (row[:, None] < num_reset) & (column[None, :] < TOP_K)
-            tl.store(cache_ptr + reset, tl.full((BLOCK_ROWS, TOP_K_POW2), -1, tl.int16), mask=in_bucket)
+            tl.store(
+                cache_ptr + reset, tl.full((BLOCK_ROWS, TOP_K_POW2), -1, tl.int16), mask=in_bucket
+            )
     else:
         is_row = row < num_rows
         is_id = is_row[:, None] & (column[None, :] < TOP_K)
@@ -44,14 +49,18 @@ def _gather_rows_kernel(
         flags = tl.zeros((BLOCK_ROWS,), tl.int32)
         for layer in range(NUM_LAYERS):
             base = (layer.to(tl.int64) * capacity + source) * TOP_K
-            ids = tl.load(cache_ptr + base[:, None] + column[None, :], mask=is_id, other=0).to(tl.int32)
+            ids = tl.load(cache_ptr + base[:, None] + column[None, :], mask=is_id, other=0).to(
+                tl.int32
+            )
             is_missing = is_id & (ids == -1)
             is_foreign = is_id & (ids != -1) & ((ids < 0) | (ids >= num_experts))
             flags |= tl.max(is_missing.to(tl.int32), axis=1)
             flags |= tl.max(is_foreign.to(tl.int32), axis=1) * 2
             for earlier in tl.static_range(TOP_K - 1):
                 other = tl.load(cache_ptr + base + earlier, mask=is_row, other=0).to(tl.int32)
-                is_same = is_id & (column[None, :] > earlier) & (ids == other[:, None]) & (ids != -1)
+                is_same = (
+                    is_id & (column[None, :] > earlier) & (ids == other[:, None]) & (ids != -1)
+                )
                 flags |= tl.max(is_same.to(tl.int32), axis=1) * 4
             target = (row.to(tl.int64)[:, None] * NUM_LAYERS + layer) * TOP_K + column[None, :]
             if NARROW:
@@ -63,7 +72,12 @@ def _gather_rows_kernel(
 
 
 def launch_gather_rows(
-    cache: Tensor, row_idx: Tensor, rows_out: Tensor, flags_out: Tensor, num_reset: int, num_experts: int
+    cache: Tensor,
+    row_idx: Tensor,
+    rows_out: Tensor,
+    flags_out: Tensor,
+    num_reset: int,
+    num_experts: int,
 ) -> None:
     """Launch the gather, then the reset; arguments are those of `gather_rows`, already checked.
 
@@ -108,7 +122,11 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
         One case for each phase and output dtype.
     """
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
-    for name, phase, rows_type in (("gather_u8", 0, "*u8"), ("gather_i16", 0, "*i16"), ("reset", 1, "*i16")):
+    for name, phase, rows_type in (
+        ("gather_u8", 0, "*u8"),
+        ("gather_i16", 0, "*i16"),
+        ("reset", 1, "*i16"),
+    ):
         signature = {
             "cache_ptr": "*i16",
             "row_idx_ptr": "*i64",

@@ -13,7 +13,12 @@ __all__ = ["gather_rows"]
     "routing_replay::gather_rows", mutates_args=("cache", "rows_out", "flags_out")
 )
 def _gather_op(
-    cache: Tensor, row_idx: Tensor, rows_out: Tensor, flags_out: Tensor, num_reset: int, num_experts: int
+    cache: Tensor,
+    row_idx: Tensor,
+    rows_out: Tensor,
+    flags_out: Tensor,
+    num_reset: int,
+    num_experts: int,
 ) -> None:
     if cache.device.type == "cuda":
         from routing_replay.kernels.gather._triton import launch_gather_rows
@@ -28,7 +33,9 @@ def _(*_: object) -> None:
     return None
 
 
-def _check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: str, ok: bool) -> None:
+def _check(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: str, ok: bool
+) -> None:
     if tensor.dtype not in dtypes:
         accepted = " or ".join(str(dtype) for dtype in dtypes)
         raise ConfigError(f"{name} is {tensor.dtype}; accepted is {accepted}")

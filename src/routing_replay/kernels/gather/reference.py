@@ -28,7 +28,12 @@ class RowFault(IntFlag):
 
 
 def gather_rows_reference(
-    cache: Tensor, row_idx: Tensor, rows_out: Tensor, flags_out: Tensor, num_reset: int, num_experts: int
+    cache: Tensor,
+    row_idx: Tensor,
+    rows_out: Tensor,
+    flags_out: Tensor,
+    num_reset: int,
+    num_experts: int,
 ) -> None:
     """Copy rows out of the device cache, flag the bad ones, and reset the step's rows to -1.
 

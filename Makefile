@@ -1,0 +1,56 @@
+# Every goal does its own set-up. pip's own settings (index, proxy, cache) are used as they are.
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The compile tests use the constrained Triton and this one.
+NEWEST_TRITON := triton==3.9.0
+SETUP_INPUTS := pyproject.toml constraints.txt Makefile
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+demo: $(VENV)/.demo-installed ## capture, compare, replay, prove: the whole idea on this machine
+	$(BIN)/routing-replay demo
+
+test: $(VENV)/.dev-installed ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev-installed ## format, lint, types, import directions, architecture tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/arch
+
+format: $(VENV)/.dev-installed ## format the code and fix what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove the environment and all caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo-results
+
+# A torch >= 2.11 that is already there is used: the environment sees it, and the pin is left out.
+# Otherwise torch comes first and alone, so that an index with a CPU build gives that one.
+$(VENV)/.created: $(SETUP_INPUTS)
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; install one, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@if $(PYTHON) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages $(VENV) && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
+	else \
+		$(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt && \
+		$(PIP) 'torch==2.13.0'; \
+	fi
+	@touch $@
+
+$(VENV)/.demo-installed: $(VENV)/.created
+	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev-installed: $(VENV)/.created
+	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/triton-newest '$(NEWEST_TRITON)'
+	@touch $@ $(VENV)/.demo-installed

@@ -1,0 +1,214 @@
+"""`routing-replay demo`: the whole idea on one machine, proved or failed."""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from routing_replay.assets import tiny_moe_path
+from routing_replay.assets.arithmetic import Problem, is_solved, make_problems
+from routing_replay.engine import LLM, EngineConfig, RequestOutput, SamplingParams
+from routing_replay.errors import ConfigError
+from routing_replay.report import AuditResult, AuditSample, audit
+from routing_replay.trace import encode_trace
+
+__all__ = ["DemoOptions", "run_demo"]
+
+MIN_RESPONSE_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions:
+    """Sample answers with the engine, audit them with Transformers, and check that replay works.
+
+    Example: `routing-replay demo --seed 1 --output results/demo.json`
+
+    Attributes:
+        seed: Chooses the problems and the sampled answers.
+        num_problems: How many problems to solve.
+        dtype: The rollout's precision, bfloat16 or float32; the trainer's is float32.
+        output: Where to write the figures as JSON.
+        json: Print the JSON instead of tables.
+    """
+
+    seed: int = 0
+    num_problems: int = 112
+    dtype: str = "bfloat16"
+    output: Path = Path("demo-results/demo.json")
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the number of problems."""
+        if self.num_problems < 2:
+            raise ConfigError(
+                f"num_problems={self.num_problems}; accepted is 2 or more, to replay each other's rows"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that must hold, and what was seen."""
+
+    name: str
+    passed: bool
+    seen: str
+
+
+def _sample_answers(llm: LLM, problems: Sequence[Problem], seed: int) -> list[RequestOutput]:
+    conversations = [[{"role": "user", "content": problem.question}] for problem in problems]
+    # Seeds are per request, so that an answer does not depend on what runs beside it.
+    params = [
+        SamplingParams(temperature=1.0, max_tokens=128, logprobs=0, seed=seed * 1_000_003 + index)
+        for index in range(len(problems))
+    ]
+    return llm.chat(conversations, params)
+
+
+def _as_sample(output: RequestOutput) -> AuditSample:
+    completion = output.outputs[0]
+    assert completion.logprobs is not None
+    logprobs = [
+        entry[token].logprob
+        for entry, token in zip(completion.logprobs, completion.token_ids, strict=True)
+    ]
+    return AuditSample(
+        token_ids=(*output.prompt_token_ids, *completion.token_ids),
+        num_prompt_tokens=len(output.prompt_token_ids),
+        rollout_logprobs=np.asarray(logprobs, np.float64),
+        trace=completion.routing,
+    )
+
+
+def _checks(result: AuditResult) -> list[Check]:
+    return [
+        Check(
+            name="every row that was due was replayed",
+            passed=result.coverage == 1.0,
+            seen=f"coverage {result.coverage:.2%}",
+        ),
+        Check(
+            name="the trainer's experts received exactly the captured ids",
+            passed=result.num_wrong_ids == 0,
+            seen=f"{result.num_wrong_ids} wrong ids in {result.num_rows} rows",
+        ),
+        Check(
+            name="replaying another sample's rows raises the KL",
+            passed=result.kl_wrong_rows > result.replayed.kl_k3,
+            seen=f"{result.kl_wrong_rows:.2e} against {result.replayed.kl_k3:.2e}",
+        ),
+        Check(
+            name=f"at least {MIN_RESPONSE_TOKENS} response tokens",
+            passed=result.num_response_tokens >= MIN_RESPONSE_TOKENS,
+            seen=f"{result.num_response_tokens}",
+        ),
+    ]
+
+
+def _figures_table(result: AuditResult) -> Table:
+    table = Table(title="trainer (Transformers, float32) against the rollout", title_justify="left")
+    table.add_column("")
+    for name in ("native", "replayed", "control: packed / one by one"):
+        table.add_column(name, justify="right")
+    columns = (result.native, result.replayed, result.control)
+    table.add_row("routing mismatch, pairs", *(f"{c.mismatch_pairs:.2%}" for c in columns))
+    table.add_row("routing mismatch, tokens", *(f"{c.mismatch_tokens:.2%}" for c in columns))
+    table.add_row("KL (k3), nats a token", *(f"{c.kl_k3:.2e}" for c in columns))
+    table.add_row("mean |dlogp|", *(f"{c.mean_abs_dlogp:.2e}" for c in columns))
+    table.add_row("F(2)", *(f"{c.f2:.2e}" for c in columns))
+    return table
+
+
+def _show(
+    console: Console, record: dict[str, object], result: AuditResult, checks: Sequence[Check]
+) -> None:
+    ratio = result.kl_ratio
+    console.print(
+        f"solved {record['solved']:.1%} of {record['num_problems']} problems, {result.num_response_tokens} response "
+        f"tokens, {record['trace_bytes_per_token']:.1f} trace bytes a token ({record['id_bytes_per_token']} of ids)"
+    )
+    console.print(_figures_table(result))
+    console.print(
+        f"KL replayed / native {ratio.value:.3f}, 95 % interval [{ratio.low:.3f}, {ratio.high:.3f}] "
+        "(paired bootstrap over sequences)"
+    )
+    for check in checks:
+        console.print(
+            f"{'[green]pass' if check.passed else '[red]FAIL'}[/] {check.name}: {check.seen}"
+        )
+    seconds = record["seconds"]
+    assert isinstance(seconds, dict)
+    console.print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+
+
+def run_demo(options: DemoOptions) -> int:
+    """Run the demo.
+
+    Args:
+        options: What to run.
+
+    Returns:
+        0 if every check holds, otherwise 1.
+    """
+    transformers_logging.disable_progress_bar()
+    started = time.perf_counter()
+    folder = tiny_moe_path()
+    problems = make_problems(options.num_problems, options.seed)
+    llm = LLM(
+        folder,
+        dtype=options.dtype,
+        enable_return_routed_experts=True,
+        config=EngineConfig(max_num_seqs=128),
+    )
+    loaded = time.perf_counter()
+    outputs = _sample_answers(llm, problems, options.seed)
+    generated = time.perf_counter()
+    trainer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    samples = [_as_sample(output) for output in outputs]
+    result = audit(trainer, samples)
+    finished = time.perf_counter()
+
+    checks = _checks(result)
+    texts = [output.outputs[0].text for output in outputs]
+    num_rows = sum(sample.trace.num_rows for sample in samples)
+    record: dict[str, object] = {
+        "model": folder.name,
+        "rollout_dtype": options.dtype,
+        "trainer_dtype": "float32",
+        "seed": options.seed,
+        "num_problems": options.num_problems,
+        "solved": float(np.mean([is_solved(p, t) for p, t in zip(problems, texts, strict=True)])),
+        "trace_bytes_per_token": sum(len(encode_trace(s.trace)) for s in samples) / num_rows,
+        "id_bytes_per_token": samples[0].trace.ids[:1].nbytes,
+        **asdict(result),
+        "checks": [asdict(check) for check in checks],
+        "seconds": {
+            "load": loaded - started,
+            "generate": generated - loaded,
+            "audit": finished - generated,
+            "total": finished - started,
+        },
+        "versions": {
+            name: version(name) for name in ("routing-replay", "torch", "transformers", "numpy")
+        },
+        "machine": {"python": platform.python_version(), "threads": torch.get_num_threads()},
+    }
+    text = json.dumps(record, indent=1)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(text + "\n")
+    console = Console()
+    if options.json:
+        print(text)
+    else:
+        _show(console, record, result, checks)
+        console.print(f"figures: {options.output}")
+    return 0 if all(check.passed for check in checks) else 1
