@@ -200,9 +200,7 @@ def score(
     )
 
 
-def pad_rows(
-    prompts: list[list[int]], responses: list[list[int]]
-) -> tuple[Tensor, Tensor, Tensor]:
+def pad_rows(prompts: list[list[int]], responses: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Join prompts and responses into right-padded rows.
 
     Args:

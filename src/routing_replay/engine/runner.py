@@ -57,7 +57,7 @@ class ModelRunner:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._model = model
+        self.model = model
         self._block_size = config.engine.block_size
         self._device = device
         spec = model.config.routing_spec
@@ -118,13 +118,13 @@ class ModelRunner:
             device_cache=None if self.pipeline is None else self.pipeline.device_cache,
             replay_buffer=self._replay_buffer if is_forced else None,
         )
-        return self._model(step, self._kv_cache, buffers)
+        return self.model(step, self._kv_cache, buffers)
 
     def _fill_replay_buffer(self, parts: Sequence[ScheduledRequest]) -> bool:
         """Place the step's forced ids; return whether any request is forced."""
         if all(part.request.forced_ids is None for part in parts):
             return False
-        spec = self._model.config.routing_spec
+        spec = self.model.config.routing_spec
         num_rows = sum(part.num_tokens for part in parts)
         rows = np.full((num_rows, spec.num_moe_layers, spec.top_k), MISSING_ID, np.int16)
         first = 0
@@ -175,8 +175,8 @@ class ModelRunner:
     @torch.inference_mode()
     def _run_canary(self, pipeline: CapturePipeline) -> None:
         """Force known ids through one real step and read them back (block 0 is written; nothing is cached yet)."""
-        spec = self._model.config.routing_spec
-        num_rows = min(self._block_size, spec.num_experts)
+        spec = self.model.config.routing_spec
+        num_rows = min(self._block_size, spec.num_experts, pipeline.device_cache.num_rows)
         expected = canary_ids(spec, num_rows)
         span = RowSpan(request_id="canary", start=0, num_rows=num_rows, blocks=(BlockRef(0, 0),))
         step = self._step_inputs([span], [[0] * num_rows], [True])

@@ -35,20 +35,22 @@ def _gather_rows_kernel(
     """PHASE 0 gathers and flags `BLOCK_ROWS` rows of all layers; PHASE 1 resets as many rows of the bucket."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, TOP_K_POW2)
+    layer_stride = capacity.to(tl.int64) * TOP_K
     if PHASE == 1:
-        for layer in range(NUM_LAYERS):
-            reset = (layer.to(tl.int64) * capacity + row[:, None]) * TOP_K + column[None, :]
+        for _ in range(NUM_LAYERS):
+            reset = row[:, None] * TOP_K + column[None, :]
             in_bucket = (row[:, None] < num_reset) & (column[None, :] < TOP_K)
             tl.store(
                 cache_ptr + reset, tl.full((BLOCK_ROWS, TOP_K_POW2), -1, tl.int16), mask=in_bucket
             )
+            cache_ptr += layer_stride
     else:
         is_row = row < num_rows
         is_id = is_row[:, None] & (column[None, :] < TOP_K)
         source = tl.load(row_idx_ptr + row, mask=is_row, other=0)
         flags = tl.zeros((BLOCK_ROWS,), tl.int32)
         for layer in range(NUM_LAYERS):
-            base = (layer.to(tl.int64) * capacity + source) * TOP_K
+            base = source * TOP_K
             ids = tl.load(cache_ptr + base[:, None] + column[None, :], mask=is_id, other=0).to(
                 tl.int32
             )
@@ -68,6 +70,7 @@ def _gather_rows_kernel(
                 tl.store(rows_ptr + target, narrow, mask=is_id)
             else:
                 tl.store(rows_ptr + target, ids.to(tl.int16), mask=is_id)
+            cache_ptr += layer_stride
         tl.store(flags_ptr + row, flags.to(tl.uint8), mask=is_row)
 
 

@@ -1,0 +1,71 @@
+"""Rows belong to requests and to one life of a block."""
+
+import numpy as np
+import pytest
+
+from routing_replay.capture import BlockRef, HostCache, RoutingSpec
+from routing_replay.errors import CaptureError, ConfigError
+
+SPEC = RoutingSpec(layer_ids=(1, 2), num_layers=3, num_experts=8, top_k=2)
+
+
+def _rows(count: int, value: int) -> np.ndarray:
+    return np.full((count, 2, 2), value, np.uint8)
+
+
+def _cache() -> HostCache:
+    return HostCache(SPEC, num_blocks=4, block_size=4)
+
+
+def test_requests_keep_their_own_rows_of_a_shared_block():
+    cache = _cache()
+    block = BlockRef(1, 1)
+    for name, value in (("a", 1), ("b", 2)):
+        cache.begin(name)
+        cache.append(name, 0, _rows(4, value))
+        cache.write_blocks([block], 0, _rows(4, value))
+    assert (cache.take("a", 4).ids == 1).all()
+    assert (cache.take("b", 4).ids == 2).all()
+
+
+def test_prefix_hit_takes_the_rows_of_its_blocks():
+    cache = _cache()
+    cache.write_blocks([BlockRef(2, 1), BlockRef(0, 1)], 0, np.arange(32, dtype=np.uint8).reshape(8, 2, 2))
+    cache.begin("hit", [BlockRef(2, 1), BlockRef(0, 1)])
+    taken = cache.take("hit", 8)
+    assert taken.valid.all()
+    assert np.array_equal(taken.ids.reshape(-1), np.arange(32))
+
+
+@pytest.mark.parametrize(("epoch", "count"), [(2, 4), (1, 3)])
+def test_prefix_hit_refuses_rows_of_another_life_or_an_unfilled_block(epoch: int, count: int):
+    cache = _cache()
+    cache.write_blocks([BlockRef(2, 1)], 0, _rows(count, 5))
+    with pytest.raises(CaptureError, match=rf"block 2 of epoch {epoch}.*{count} of 4 rows of epoch 1"):
+        cache.begin("hit", [BlockRef(2, epoch)])
+
+
+def test_new_epoch_forgets_old_rows():
+    cache = _cache()
+    cache.write_blocks([BlockRef(2, 1)], 0, _rows(4, 5))
+    cache.write_blocks([BlockRef(2, 2)], 0, _rows(1, 6))
+    with pytest.raises(CaptureError, match="1 of 4 rows of epoch 2"):
+        cache.begin("hit", [BlockRef(2, 2)])
+
+
+def test_take_marks_rows_that_never_came():
+    cache = _cache()
+    cache.begin("a")
+    cache.append("a", 2, _rows(200, 3))
+    taken = cache.take("a", 205)
+    assert np.flatnonzero(~taken.valid).tolist() == [0, 1, 202, 203, 204]
+
+
+def test_begin_twice_is_refused_and_free_forgets():
+    cache = _cache()
+    cache.begin("a")
+    with pytest.raises(ConfigError, match="'a' is running already"):
+        cache.begin("a")
+    cache.free("a")
+    cache.free("a")
+    assert cache.num_requests == 0
