@@ -182,7 +182,9 @@ def test_invalid_forced_id_gets_weight_zero(bad: int, method: RoutingMethodType)
 
 def test_ties_go_to_the_smaller_id():
     case = _case(3, 8, 3)
-    case.logits.copy_(torch.tensor([[0.0] * 8, [1, 2, 2, 1, 2, 0, 0, 0], [-500] * 4 + [0, -600, -500, 0]]))
+    case.logits.copy_(
+        torch.tensor([[0.0] * 8, [1, 2, 2, 1, 2, 0, 0, 0], [-500] * 4 + [0, -600, -500, 0]])
+    )
     for method in METHODS:
         recorded = _buffer(case)
         case.run(routing_replay_out=recorded, routing_method_type=method)
@@ -268,7 +270,11 @@ def test_swiglu_parameters_and_biases_are_per_expert():
     alpha, beta, limit = torch.rand(8) + 1, torch.rand(8), torch.rand(8) / 2
     bias1, bias2 = torch.randn(8, 24), torch.randn(8, 16)
     out = case.run(
-        gemm1_alpha=alpha, gemm1_beta=beta, gemm1_clamp_limit=limit, gemm1_bias=bias1, gemm2_bias=bias2
+        gemm1_alpha=alpha,
+        gemm1_beta=beta,
+        gemm1_clamp_limit=limit,
+        gemm1_bias=bias1,
+        gemm2_bias=bias2,
     )
     expected = torch.zeros_like(out)
     for token, row in enumerate(_slow_ids(case)):
@@ -315,7 +321,18 @@ def test_bad_argument_is_refused_by_name(changes: dict[str, object], message: st
 def test_registered_ops_pass_opcheck():
     case = _case(5, 8, 2)
     recorded = _buffer(case)
-    arguments = (case.logits, case.hidden, case.gemm1, case.gemm2, 2, 0, 4, 3, recorded, recorded.clone())
+    arguments = (
+        case.logits,
+        case.hidden,
+        case.gemm1,
+        case.gemm2,
+        2,
+        0,
+        4,
+        3,
+        recorded,
+        recorded.clone(),
+    )
     tail = (None, None, None, None, None, "reference")
     ops = torch.ops.routing_replay
     torch.library.opcheck(ops.bf16_moe.default, (torch.empty_like(case.hidden), *arguments, *tail))

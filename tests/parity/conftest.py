@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from _support.tiny_models import SHAPES, save_tiny_model
 
+from _support.tiny_models import SHAPES, save_tiny_model
 from routing_replay.assets import tiny_moe_path
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from _support.teacher import (
     all_tokens,
     engine_logprobs,
@@ -13,7 +14,6 @@ from _support.teacher import (
     with_ids,
     with_one_id_changed,
 )
-
 from routing_replay import LLM, RequestOutput, SamplingParams
 from routing_replay.engine import EngineConfig
 from routing_replay.errors import TraceMismatchError
@@ -31,7 +31,8 @@ def _prompts() -> list[list[int]]:
 
 def _params(count: int) -> list[SamplingParams]:
     return [
-        SamplingParams(max_tokens=MAX_TOKENS, seed=i, logprobs=2, ignore_eos=True) for i in range(count)
+        SamplingParams(max_tokens=MAX_TOKENS, seed=i, logprobs=2, ignore_eos=True)
+        for i in range(count)
     ]
 
 
@@ -89,7 +90,8 @@ def _random_rows(trace: RoutingTrace, seed: int) -> RoutingTrace:
     """Experts that no router would choose: random, distinct, in random order."""
     rng = np.random.default_rng(seed)
     rows = rng.permuted(
-        np.broadcast_to(np.arange(trace.num_experts), (*trace.ids.shape[:2], trace.num_experts)), axis=-1
+        np.broadcast_to(np.arange(trace.num_experts), (*trace.ids.shape[:2], trace.num_experts)),
+        axis=-1,
     )
     return with_ids(trace, rows[..., : trace.top_k])
 
@@ -130,14 +132,18 @@ def test_forced_trace_of_other_tokens_is_refused(model_folder: Path):
         llm.generate([other], _params(1), replay=[trace])
     with pytest.raises(TraceMismatchError, match="lower max_tokens"):
         llm.generate([prompt], SamplingParams(max_tokens=MAX_TOKENS + 5), replay=[trace])
-    assert llm.generate([prompt], _params(1), replay=[trace])[0].outputs[0].finish_reason == "length"
+    assert (
+        llm.generate([prompt], _params(1), replay=[trace])[0].outputs[0].finish_reason == "length"
+    )
 
 
 def test_bfloat16_capture_does_not_change_tokens(model_folder: Path):
     with_capture = LLM(model_folder, enable_return_routed_experts=True)
     without = LLM(model_folder)
     for first, second in zip(
-        with_capture.generate(_prompts(), _params(7)), without.generate(_prompts(), _params(7)), strict=True
+        with_capture.generate(_prompts(), _params(7)),
+        without.generate(_prompts(), _params(7)),
+        strict=True,
     ):
         assert first.outputs[0].token_ids == second.outputs[0].token_ids
         assert np.array_equal(engine_logprobs(first), engine_logprobs(second))

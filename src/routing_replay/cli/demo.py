@@ -22,7 +22,7 @@ from routing_replay.errors import ConfigError
 from routing_replay.report import AuditResult, AuditSample, audit
 from routing_replay.trace import encode_trace
 
-__all__ = ["DemoOptions", "run_demo"]
+__all__ = ["Check", "DemoOptions", "demo_checks", "run_demo"]
 
 MIN_RESPONSE_TOKENS = 4096
 
@@ -57,7 +57,13 @@ class DemoOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that must hold, and what was seen."""
+    """One thing that must hold.
+
+    Attributes:
+        name: What must hold.
+        passed: Whether it does.
+        seen: The figures.
+    """
 
     name: str
     passed: bool
@@ -89,7 +95,15 @@ def _as_sample(output: RequestOutput) -> AuditSample:
     )
 
 
-def _checks(result: AuditResult) -> list[Check]:
+def demo_checks(result: AuditResult) -> list[Check]:
+    """Decide what the demo proves.
+
+    Args:
+        result: What the audit measured.
+
+    Returns:
+        One check for each claim; the demo fails if any does not hold.
+    """
     return [
         Check(
             name="every row that was due was replayed",
@@ -177,7 +191,7 @@ def run_demo(options: DemoOptions) -> int:
     result = audit(trainer, samples)
     finished = time.perf_counter()
 
-    checks = _checks(result)
+    checks = demo_checks(result)
     texts = [output.outputs[0].text for output in outputs]
     num_rows = sum(sample.trace.num_rows for sample in samples)
     record: dict[str, object] = {

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from _support.tiny_models import TinyShape, save_tiny_model
 
+from _support.tiny_models import TinyShape, save_tiny_model
 from routing_replay import LLM, SamplingParams
 from routing_replay.errors import CaptureError, CaptureOverflowError, ConfigError
 from routing_replay.models.layers import MoEBlock
@@ -56,9 +56,13 @@ def test_capture_fails_only_the_request_with_the_bad_row(
     block = _block(llm, 1)
     forward = block.forward
 
-    def spoil(x: torch.Tensor, out: torch.Tensor | None, given: torch.Tensor | None) -> torch.Tensor:
+    def spoil(
+        x: torch.Tensor, out: torch.Tensor | None, given: torch.Tensor | None
+    ) -> torch.Tensor:
         result = forward(x, out, given)
-        if len(x) == 7 and out is not None:  # the prefill of both prompts; row 4 belongs to the second
+        if (
+            len(x) == 7 and out is not None
+        ):  # the prefill of both prompts; row 4 belongs to the second
             out[4] = torch.tensor(bad_ids, dtype=torch.int16)
         return result
 
@@ -77,7 +81,9 @@ def test_canary_refuses_a_model_whose_layer_does_not_record(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     forward = MoEBlock.forward
-    monkeypatch.setattr(MoEBlock, "forward", lambda self, x, _out, given: forward(self, x, None, given))
+    monkeypatch.setattr(
+        MoEBlock, "forward", lambda self, x, _out, given: forward(self, x, None, given)
+    )
     with pytest.raises(CaptureError, match="decoder layer 1 wrote no ids"):
         _llm(folder)
 
@@ -86,7 +92,9 @@ def test_canary_refuses_a_model_whose_layer_ignores_given_ids(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     forward = MoEBlock.forward
-    monkeypatch.setattr(MoEBlock, "forward", lambda self, x, out, _given: forward(self, x, out, None))
+    monkeypatch.setattr(
+        MoEBlock, "forward", lambda self, x, out, _given: forward(self, x, out, None)
+    )
     with pytest.raises(CaptureError, match="canary: decoder layer 1 was forced to experts"):
         _llm(folder)
 

@@ -30,7 +30,9 @@ def test_requests_keep_their_own_rows_of_a_shared_block():
 
 def test_prefix_hit_takes_the_rows_of_its_blocks():
     cache = _cache()
-    cache.write_blocks([BlockRef(2, 1), BlockRef(0, 1)], 0, np.arange(32, dtype=np.uint8).reshape(8, 2, 2))
+    cache.write_blocks(
+        [BlockRef(2, 1), BlockRef(0, 1)], 0, np.arange(32, dtype=np.uint8).reshape(8, 2, 2)
+    )
     cache.begin("hit", [BlockRef(2, 1), BlockRef(0, 1)])
     taken = cache.take("hit", 8)
     assert taken.valid.all()
@@ -41,7 +43,9 @@ def test_prefix_hit_takes_the_rows_of_its_blocks():
 def test_prefix_hit_refuses_rows_of_another_life_or_an_unfilled_block(epoch: int, count: int):
     cache = _cache()
     cache.write_blocks([BlockRef(2, 1)], 0, _rows(count, 5))
-    with pytest.raises(CaptureError, match=rf"block 2 of epoch {epoch}.*{count} of 4 rows of epoch 1"):
+    with pytest.raises(
+        CaptureError, match=rf"block 2 of epoch {epoch}.*{count} of 4 rows of epoch 1"
+    ):
         cache.begin("hit", [BlockRef(2, epoch)])
 
 

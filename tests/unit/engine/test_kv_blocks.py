@@ -8,7 +8,9 @@ from routing_replay.engine.request import Request
 from routing_replay.engine.sampling_params import SamplingParams
 
 
-def _request(name: str, tokens: list[int], *, max_tokens: int = 1, forced: int | None = None) -> Request:
+def _request(
+    name: str, tokens: list[int], *, max_tokens: int = 1, forced: int | None = None
+) -> Request:
     ids = None if forced is None else np.full((len(tokens) + 8, 1, 1), forced, np.int16)
     return Request(
         request_id=name,
@@ -61,7 +63,8 @@ def test_reused_block_advances_its_epoch_and_loses_its_prefix():
     _compute(blocks, first)
     old = list(first.blocks)
     blocks.free(first)
-    assert _hits(blocks, again := _request("b", list(range(9)))) == 8
+    again = _request("b", list(range(9)))
+    assert _hits(blocks, again) == 8
     blocks.free(again)
     other = _request("c", list(range(20, 29)))
     _compute(blocks, other)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _support.tiny_models import VOCAB_SIZE, TinyShape, save_tiny_model
 
+from _support.tiny_models import VOCAB_SIZE, TinyShape, save_tiny_model
 from routing_replay import LLM, SamplingParams
 from routing_replay.assets import tiny_moe_path
 from routing_replay.engine import EngineConfig
@@ -37,9 +37,9 @@ def test_generate_takes_every_form_of_prompt(llm: LLM):
 
 
 def test_text_prompts_and_chat_need_a_tokenizer(llm: LLM):
-    with pytest.raises(ConfigError, match="no tokenizer.json.*pass token ids"):
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json.*pass token ids"):
         llm.generate("hello")
-    with pytest.raises(ConfigError, match="no tokenizer.json"):
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         llm.chat([[{"role": "user", "content": "hello"}]])
 
 
@@ -49,7 +49,11 @@ def test_stop_tokens_end_the_output(llm: LLM):
     stop = SamplingParams(max_tokens=8, temperature=0.0, stop_token_ids=(tokens[2],))
     output = llm.generate([4, 5, 6], stop)[0].outputs[0]
     end = tokens.index(tokens[2]) + 1
-    assert (output.token_ids, output.finish_reason, output.stop_reason) == (tokens[:end], "stop", tokens[2])
+    assert (output.token_ids, output.finish_reason, output.stop_reason) == (
+        tokens[:end],
+        "stop",
+        tokens[2],
+    )
     assert output.routing.num_rows == 3 + end - 1
 
 
@@ -57,9 +61,14 @@ def test_seeded_request_gives_the_same_tokens_in_any_company(llm: LLM):
     params = [SamplingParams(max_tokens=10, seed=s) for s in range(4)]
     prompts = [[s + 1, 2, 3] for s in range(4)]
     together = [out.outputs[0].token_ids for out in llm.generate(prompts, params)]
-    alone = [llm.generate([p], [s])[0].outputs[0].token_ids for p, s in zip(prompts, params, strict=True)]
+    alone = [
+        llm.generate([p], [s])[0].outputs[0].token_ids for p, s in zip(prompts, params, strict=True)
+    ]
     assert together == alone
-    unseeded = {llm.generate([4, 5], SamplingParams(max_tokens=10))[0].outputs[0].token_ids for _ in range(3)}
+    unseeded = {
+        llm.generate([4, 5], SamplingParams(max_tokens=10))[0].outputs[0].token_ids
+        for _ in range(3)
+    }
     assert len(unseeded) == 3
 
 
@@ -123,7 +132,9 @@ def test_interrupted_generate_frees_everything(llm: LLM, monkeypatch: pytest.Mon
 def test_embedded_model_answers_in_text():
     tiny = LLM(tiny_moe_path(), dtype="float32")
     question = "Ada has 12 pens. Ben brings 30 more. Then 20 get lost. How many pens are there now?"
-    output = tiny.chat([[{"role": "user", "content": question}]], SamplingParams(max_tokens=100, logprobs=1))[0]
+    output = tiny.chat(
+        [[{"role": "user", "content": question}]], SamplingParams(max_tokens=100, logprobs=1)
+    )[0]
     assert output.prompt == f"<|user|>{question}<|assistant|>"
     completion = output.outputs[0]
     assert completion.finish_reason == "stop"
@@ -144,7 +155,7 @@ def test_sharded_checkpoint_loads_the_same_weights(folder: Path, tmp_path: Path,
 
 
 def test_folder_problems_are_named(folder: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="no config.json"):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
         LLM(tmp_path)
     with pytest.raises(ConfigError, match="dtype='float8'; accepted"):
         LLM(folder, dtype="float8")

@@ -1,6 +1,6 @@
 """The gather of a step's routing rows as one Triton kernel."""
 
-# pyright: basic, reportIndexIssue=false, reportAttributeAccessIssue=false
+# pyright: basic, reportIndexIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
 # Triton's stubs describe neither launches nor the values inside a kernel.
 
 from collections.abc import Sequence
