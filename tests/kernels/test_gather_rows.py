@@ -118,6 +118,7 @@ for layers, num_rows, top_k, num_experts in ((3, 40, 4, 16), (2, 33, 3, 300), (1
     cache = torch.randint(-2, num_experts + 1, (layers, num_rows, top_k)).to(torch.int16)
     distinct = torch.rand(layers, num_rows, num_experts).argsort(-1)[..., :top_k].to(torch.int16)
     cache[:, ::2] = distinct[:, ::2]
+    cache[0, 2] = distinct[0, 2, 0]  # where K > 1: the same id throughout
     row_idx = torch.randperm(num_rows)[: num_rows - 2]
     dtype = torch.uint8 if num_experts <= 255 else torch.int16
     results = []
