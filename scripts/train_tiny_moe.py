@@ -3,7 +3,7 @@
 Needs torch, transformers and tokenizers, and a GPU for anything but a smoke test. All randomness comes from `--seed`;
 where `--seconds` ends the training, the number of steps depends on the machine.
 
-    python scripts/tiny_moe_training.py --out /tmp/tiny_moe
+    python scripts/train_tiny_moe.py --out /tmp/tiny_moe
 """
 
 import argparse
@@ -45,11 +45,11 @@ MAX_SEQUENCE = 192
 class Recipe:
     """What decides a training run; the defaults are those of the embedded model."""
 
-    num_layers: int = 10
-    num_experts: int = 32
-    top_k: int = 4
+    num_layers: int = 8
+    num_experts: int = 64
+    top_k: int = 8
     hidden_size: int = 128
-    intermediate_size: int = 48
+    intermediate_size: int = 32
     vocab_size: int = 512
     seed: int = 0
     slip_rate: float = 0.13
