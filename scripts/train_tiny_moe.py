@@ -57,7 +57,7 @@ class Recipe:
     seq_len: int = 160
     batch_size: int = 512
     num_steps: int = 8000
-    seconds: float = 420.0
+    seconds: float = 390.0
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     balance_coefficient: float = 0.01

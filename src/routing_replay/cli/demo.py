@@ -42,7 +42,7 @@ class DemoOptions:
     """
 
     seed: int = 0
-    num_problems: int = 112
+    num_problems: int = 208
     dtype: str = "bfloat16"
     output: Path = Path("demo-results/demo.json")
     json: bool = False

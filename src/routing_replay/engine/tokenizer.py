@@ -42,13 +42,18 @@ class ModelTokenizer:
             The prompt's text.
 
         Raises:
-            ConfigError: The model has no chat template.
+            ConfigError: The model has no chat template, or it refuses the messages.
         """
         if self._chat_template is None:
             raise ConfigError(
                 "the model folder has no chat template; pass prompts to generate() instead"
             )
+
+        def raise_exception(message: str) -> None:  # what Hugging Face offers to templates
+            raise ConfigError(f"the chat template refuses the messages: {message}")
+
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = raise_exception
         template = environment.from_string(self._chat_template)
         return template.render(messages=list(messages), add_generation_prompt=True)
 
