@@ -53,9 +53,10 @@ class ModelTokenizer:
             raise ConfigError(f"the chat template refuses the messages: {message}")
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = raise_exception
         template = environment.from_string(self._chat_template)
-        return template.render(messages=list(messages), add_generation_prompt=True)
+        return template.render(
+            messages=list(messages), add_generation_prompt=True, raise_exception=raise_exception
+        )
 
 
 def load_tokenizer(folder: Path) -> ModelTokenizer | None:

@@ -191,3 +191,15 @@ def test_folder_problems_are_named(folder: Path, tmp_path: Path):
 def test_engine_config_refuses_a_bad_value(folder: Path, settings: dict[str, int], message: str):
     with pytest.raises(ConfigError, match=message):
         LLM(folder, config=EngineConfig(**settings))  # pyright: ignore[reportArgumentType]
+
+
+def test_chat_template_can_refuse_messages(folder: Path, tmp_path: Path):
+    from routing_replay.engine.tokenizer import load_tokenizer
+
+    (tmp_path / "tokenizer.json").write_bytes((tiny_moe_path() / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    with pytest.raises(ConfigError, match="refuses the messages: no system turn"):
+        tokenizer.render_chat([{"role": "system", "content": "x"}])
+    assert load_tokenizer(folder) is None
