@@ -57,7 +57,7 @@ def test_audit_of_a_bfloat16_rollout(trainer: torch.nn.Module, samples: list[Aud
 
 
 def test_audit_notices_one_changed_id(trainer: torch.nn.Module, samples: list[AuditSample]):
-    """A trace with one other id is replayed as it is: the trainer then moves away from the rollout."""
+    """A trace with one other id is replayed as it is: the replayed figures move, the native ones stay."""
     row = samples[0].num_prompt_tokens + 3
     changed = [
         replace(samples[0], trace=with_one_id_changed(samples[0].trace, row, 2)),
@@ -65,8 +65,9 @@ def test_audit_notices_one_changed_id(trainer: torch.nn.Module, samples: list[Au
     ]
     before, after = audit(trainer, samples), audit(trainer, changed)
     assert after.num_wrong_ids == 0
-    assert after.native.mismatch_pairs != before.native.mismatch_pairs
-    assert after.replayed.kl_k3 > before.replayed.kl_k3
+    # One id of thousands can move the mean KL either way, but never leaves it as it was.
+    assert after.replayed.kl_k3 != before.replayed.kl_k3
+    assert after.native.kl_k3 == before.native.kl_k3
 
 
 def test_audit_refuses_a_trace_of_other_tokens(
