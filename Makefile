@@ -6,7 +6,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The compile tests use the constrained Triton and this one.
 NEWEST_TRITON := triton==3.9.0
+PINNED_TRITON := $(shell grep '^triton==' constraints.txt)
+TORCH := $(shell grep '^torch==' constraints.txt)
 SETUP_INPUTS := pyproject.toml constraints.txt Makefile
+
+TORCH_FITS := import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
+WRITE_CONSTRAINTS := import sys; from importlib.metadata import requires, version; \
+	brings_triton = any("triton" in line.split("=")[0] for line in requires("torch") or []); \
+	pins = [line for line in sys.stdin if not line.startswith("torch==")]; \
+	pins = [line for line in pins if not (brings_triton and line.startswith("triton=="))]; \
+	sys.stdout.writelines([*pins, "torch==" + version("torch") + "\n"])
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format clean
@@ -34,16 +43,18 @@ format: $(VENV)/.dev-installed ## format the code and fix what the linter can
 clean: ## remove the environment and all caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo-results
 
-# A torch >= 2.11 that is already there is used: the environment sees it, and the pin is left out.
+# A torch >= 2.11 that is already there is used: the environment sees it, and the pin becomes its version.
 # Otherwise torch comes first and alone, so that an index with a CPU build gives that one.
+# A torch that depends on a Triton of its own keeps that one: the pin of Triton is left out, and the compile tests
+# get the pinned version in a folder of its own, as they get the newest.
 $(VENV)/.created: $(SETUP_INPUTS)
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; install one, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@if $(PYTHON) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null; then \
-		$(PYTHON) -m venv --system-site-packages $(VENV) && grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt; \
-	else \
-		$(PYTHON) -m venv $(VENV) && cp constraints.txt $(VENV)/constraints.txt && \
-		$(PIP) 'torch==2.13.0'; \
-	fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is no Python >= 3.11; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@if $(PYTHON) -c '$(TORCH_FITS)' 2>/dev/null && $(PYTHON) -m venv --system-site-packages $(VENV) && \
+		$(BIN)/python -c '$(TORCH_FITS)' 2>/dev/null; then :; \
+	else $(PYTHON) -m venv $(VENV) && $(PIP) '$(TORCH)'; fi
+	@$(BIN)/python -c '$(WRITE_CONSTRAINTS)' < constraints.txt > $(VENV)/constraints.txt
 	@touch $@
 
 $(VENV)/.demo-installed: $(VENV)/.created
@@ -52,5 +63,8 @@ $(VENV)/.demo-installed: $(VENV)/.created
 
 $(VENV)/.dev-installed: $(VENV)/.created
 	$(PIP) --constraint $(VENV)/constraints.txt --editable '.[dev]'
-	$(PIP) --no-deps --upgrade --target $(VENV)/triton-newest '$(NEWEST_TRITON)'
+	@rm -rf $(VENV)/triton-newest $(VENV)/triton-pinned
+	$(PIP) --no-deps --target $(VENV)/triton-newest '$(NEWEST_TRITON)'
+	@grep -q '^triton==' $(VENV)/constraints.txt || \
+		{ echo "$(PINNED_TRITON) goes beside the Triton of torch"; $(PIP) --no-deps --target $(VENV)/triton-pinned '$(PINNED_TRITON)'; }
 	@touch $@ $(VENV)/.demo-installed

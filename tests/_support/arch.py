@@ -1,7 +1,10 @@
 """The checkers behind the architecture tests: each takes source text and returns what is wrong with it."""
 
 import ast
+import re
 from collections.abc import Iterator
+
+from routing_replay import errors
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -59,10 +62,11 @@ def class_problems(source: str) -> list[str]:
         for method in methods:
             if method.name == "__init__":
                 assigned = {
-                    ast.unparse(target)
+                    ast.unparse(item)
                     for item in ast.walk(method)
-                    for target in (item.targets if isinstance(item, ast.Assign) else [])
-                    if ast.unparse(target).startswith("self.")
+                    if isinstance(item, ast.Attribute)
+                    and isinstance(item.ctx, ast.Store)
+                    and ast.unparse(item.value) == "self"
                 }
                 if len(assigned) > 20:
                     problems.append(f"{node.name} sets {len(assigned)} attributes, at most 20")
@@ -80,6 +84,16 @@ def _sections(docstring: str) -> set[str]:
     return {line.strip() for line in docstring.splitlines()}
 
 
+def _raises_our_error(function: FunctionNode) -> bool:
+    """Whether the body itself raises one of the classes of `routing_replay.errors`."""
+    return any(
+        isinstance(node, ast.Raise)
+        and isinstance(node.exc, ast.Call)
+        and ast.unparse(node.exc.func).split(".")[-1] in errors.__all__
+        for node in ast.walk(function)
+    )
+
+
 def _function_doc_problems(function: FunctionNode, name: str, *, needs_runtime: bool) -> list[str]:
     docstring = ast.get_docstring(function)
     if docstring is None:
@@ -92,6 +106,14 @@ def _function_doc_problems(function: FunctionNode, name: str, *, needs_runtime: 
         problems.append(f"{name} has arguments but no Args: section")
     if "Args:" in sections:
         problems += [f"{name} does not document {a}" for a in arguments if f"{a}:" not in docstring]
+    returns = function.returns is not None and ast.unparse(function.returns) != "None"
+    is_property = any("property" in ast.unparse(d) for d in function.decorator_list)
+    if returns and "\n" in docstring and not is_property:
+        says = docstring.split(maxsplit=1)[0] in ("Return", "Yield", "Whether", "The")
+        if not says and not sections & {"Returns:", "Yields:"}:
+            problems.append(f"{name} returns something but has no Returns: section")
+    if _raises_our_error(function) and "Raises:" not in sections:
+        problems.append(f"{name} raises but has no Raises: section")
     takes_tensor = any("Tensor" in ast.unparse(a.annotation) for a in every if a.annotation)
     if needs_runtime and takes_tensor and "Runtime:" not in docstring:
         problems.append(f"{name} takes tensors but has no Runtime: line")
@@ -145,6 +167,21 @@ def banned_calls(source: str, *, allow_print: bool) -> list[str]:
         text = ast.unparse(node) if isinstance(node, ast.Attribute | ast.Name) else ""
         if text in ("os.environ", "os.getenv", "getenv", "environ"):
             problems.append(f"line {node.lineno}: reads the environment")
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            problems += [
+                f"line {node.lineno}: imports os.{alias.name}"
+                for alias in node.names
+                if alias.name in ("environ", "getenv")
+            ]
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "print" and not allow_print:
             problems.append(f"line {node.lineno}: prints")
     return problems
+
+
+def todo_problems(source: str) -> list[str]:
+    """Find every TODO or FIXME that names no issue."""
+    return [
+        f"line {number}: a TODO without a link to its issue"
+        for number, line in enumerate(source.splitlines(), start=1)
+        if re.search(r"\b(TODO|FIXME)\b", line) and "issues/" not in line
+    ]

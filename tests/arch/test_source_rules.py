@@ -28,7 +28,7 @@ def test_size_checker_sees_a_bad_example():
 
 def test_class_checker_sees_a_bad_example():
     methods = "\n".join(f"    def m{i}(self): ..." for i in range(16))
-    inits = "\n".join(f"        self.a{i} = {i}" for i in range(21))
+    inits = "\n".join(f"        self.a{i}{': int' if i % 2 else ''} = {i}" for i in range(21))
     assert len(arch.class_problems(f"class C:\n    def __init__(self):\n{inits}\n{methods}\n")) == 2
 
 
@@ -41,6 +41,19 @@ def test_docstring_checker_sees_a_bad_example():
     ]
 
 
+def test_docstring_checker_sees_missing_returns_and_raises():
+    source = '"""M."""\n__all__ = ["f"]\ndef f() -> int:\n    """F.\n\n    More.\n    """\n    raise ConfigError("x")\n'
+    assert arch.docstring_problems(source, needs_runtime=True) == [
+        "f returns something but has no Returns: section",
+        "f raises but has no Raises: section",
+    ]
+
+
+def test_todo_checker_sees_a_bad_example():
+    source = f"# {'TO'}DO: later\n# {'TO'}DO: https://example.org/issues/1\n"
+    assert arch.todo_problems(source) == ["line 1: a TODO without a link to its issue"]
+
+
 def test_export_checker_sees_a_bad_example():
     assert arch.package_export_problems('__all__ = ["a"]\nfrom routing_replay.x import b\n')
     assert arch.package_export_problems("from routing_replay.x import b\n") == ["no __all__"]
@@ -48,6 +61,7 @@ def test_export_checker_sees_a_bad_example():
 
 def test_call_checker_sees_a_bad_example():
     assert len(arch.banned_calls("import os\nprint(os.environ['A'])\n", allow_print=False)) == 2
+    assert arch.banned_calls("from os import environ as e\n", allow_print=False)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
@@ -60,6 +74,7 @@ def test_source_file_keeps_the_rules(path: Path):
     assert arch.class_problems(source) == []
     assert arch.docstring_problems(source, needs_runtime=in_kernels) == []
     assert arch.banned_calls(source, allow_print=in_cli) == []
+    assert arch.todo_problems(source) == []
     assert path.stem not in arch.BANNED_FILES
 
 
