@@ -367,11 +367,11 @@ def test_replay_refuses_nested_blocks_and_early_release():
     traces = random_traces(batch.tokens)
     with attach(model) as handle, handle.replay(traces, batch.layout, microbatch_id=3):
         with (
-            pytest.raises(ReplayError, match="microbatch 3 is still being replayed"),
+            pytest.raises(ReplayError, match="microbatch 3 is still open"),
             handle.replay(traces, batch.layout, microbatch_id=4),
         ):
             pass
-        with pytest.raises(ReplayError, match="microbatch 3 is being replayed"):
+        with pytest.raises(ReplayError, match="microbatch 3 is still open"):
             handle.release(3)
         batch.logits(model)
 

@@ -2,6 +2,7 @@
 
 from routing_replay.replay._handle import ReplayHandle, attach
 from routing_replay.replay._plan import ModelRouting, OnMissing, ReplayPlan, TokenIds
+from routing_replay.replay._recording import RecordedRouting
 from routing_replay.replay._stats import LayerReplayStats, ReplayStats
 from routing_replay.replay.layout import Layout, Packed, Padded
 from routing_replay.replay.metrics import (
@@ -12,8 +13,10 @@ from routing_replay.replay.metrics import (
     kl_k3,
     kl_k3_terms,
     mean_abs_dlogp,
+    mean_abs_dp,
     paired_bootstrap_ratio,
     routing_mismatch,
+    token_mult_prob_error,
 )
 from routing_replay.replay.observe import ObservedExpertIds, observe_expert_ids
 
@@ -26,6 +29,7 @@ __all__ = [
     "OnMissing",
     "Packed",
     "Padded",
+    "RecordedRouting",
     "ReplayHandle",
     "ReplayPlan",
     "ReplayStats",
@@ -37,7 +41,9 @@ __all__ = [
     "kl_k3",
     "kl_k3_terms",
     "mean_abs_dlogp",
+    "mean_abs_dp",
     "observe_expert_ids",
     "paired_bootstrap_ratio",
     "routing_mismatch",
+    "token_mult_prob_error",
 ]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,13 @@ class ForcedTopK(TorchFunctionMode):
 
     Args:
         routing: The model's experts and top-k.
-        choose: From the call's input to expert ids, int64 `[tokens, K]`.
+        choose: From the call's input, and a function that makes the model's own call and returns
+            its expert ids, to the expert ids to answer with; ids are int64 `[tokens, K]`.
     """
 
-    def __init__(self, routing: ModelRouting, choose: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, routing: ModelRouting, choose: Callable[[Tensor, Callable[[], Tensor]], Tensor]
+    ) -> None:
         super().__init__()
         self.num_matches = 0
         self._routing = routing
@@ -48,7 +52,14 @@ class ForcedTopK(TorchFunctionMode):
         if selection is None:
             return func(*args, **named)
         self.num_matches += 1
-        topk_ids = self._choose(selection)
+
+        def native_ids() -> Tensor:
+            # The model's own call, with its own `sorted`: another order of the columns would change
+            # the order in which its experts are summed.
+            with torch.no_grad():
+                return cast("tuple[Tensor, Tensor]", func(*args, **named))[1]
+
+        topk_ids = self._choose(selection, native_ids)
         return torch.return_types.topk((selection.gather(-1, topk_ids), topk_ids))
 
     def _selection(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor | None:
@@ -95,7 +106,12 @@ class RouterForward:
         return vars(self._found.router).get("forward") is self
 
     def uninstall(self) -> None:
-        """Restore what `install` found, the absence of an instance attribute included."""
+        """Restore what `install` found, the absence of an instance attribute included.
+
+        Does nothing where the router does not call this object.
+        """
+        if not self.is_installed():
+            return
         if self._was_on_instance:
             self._found.router.forward = self._original
         else:
@@ -108,10 +124,10 @@ class RouterForward:
         if record is None:
             return self._original(*args, **kwargs)
 
-        def choose(selection: Tensor) -> Tensor:
-            return record.effective_ids(
-                layer_idx, selection, self._counter, is_recomputation=is_recomputation
-            )
+        def choose(selection: Tensor, native_ids: Callable[[], Tensor]) -> Tensor:
+            if is_recomputation:
+                return record.repeated_ids(layer_idx, selection, self._counter)
+            return record.effective_ids(layer_idx, selection, native_ids, self._counter)
 
         with ForcedTopK(self._routing, choose) as mode:
             output = self._original(*args, **kwargs)

@@ -1,21 +1,22 @@
 """Which microbatch a router call belongs to: in a forward pass, and in a recomputed one."""
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from routing_replay.errors import ReplayError
-from routing_replay.replay._plan import ModelRouting, ReplayPlan
-from routing_replay.replay._record import MicrobatchRecord
+from routing_replay.errors import ConfigError, ReplayError
+from routing_replay.replay._microbatch import MicrobatchRecord
+from routing_replay.replay._plan import ModelRouting, ReplayPlan, native_plan
+from routing_replay.replay._recording import Recorder
 
 
 class ReplayState:
     """What the routers of one attached model share.
 
-    In a forward pass the open `replay` block decides. Activation checkpointing repeats forwards
+    In a forward pass the open `replay` or `record` block decides. Activation checkpointing repeats forwards
     inside backward passes, possibly after the block has closed and while several microbatches wait
     for theirs. So every decoder layer's output is tagged with its microbatch: its gradient arrives
     before the layer is recomputed, and the gradient of the layer's input after. A plain attribute
@@ -42,28 +43,50 @@ class ReplayState:
         if earlier is not None:
             earlier.release()
         record = MicrobatchRecord(plan, self._routing, microbatch_id=microbatch_id)
-        self._kept[microbatch_id] = self._active = record
         succeeded = False
         try:
+            self._kept[microbatch_id] = self._active = record
             yield
             self._check_fired(record)
             succeeded = True
         finally:
             self._active = None
             if not succeeded:
-                self.release(microbatch_id)
+                record.release()
+                self._kept.pop(microbatch_id, None)
 
-    def check_openable(self) -> None:
-        """Refuse a replay block that could not take effect."""
+    @contextmanager
+    def record(self, recorder: Recorder, microbatch_id: int) -> Generator[None]:
+        """Let a recorder see the forward pass, of the open microbatch or of one of its own."""
+        with ExitStack() as stack:
+            if self._active is None:
+                self.check_openable()
+                plan = native_plan(self._routing, recorder.layout)
+                stack.enter_context(self.open(plan, microbatch_id))
+            record = self._active
+            assert record is not None
+            self._check_recordable(record, recorder, microbatch_id)
+            try:
+                record.recorder = recorder
+                yield
+                recorder.finish()
+            finally:
+                record.recorder = None
+
+    def check_attached(self) -> None:
+        """Refuse a block of a handle that was detached."""
         if not self.is_attached:
             raise ReplayError("the handle is detached; attach to the model again")
+
+    def check_openable(self) -> None:
+        """Refuse a block that could not take effect."""
+        self.check_attached()
         if self._active is not None:
             raise ReplayError(
-                f"microbatch {self._active.mb_id} is still being replayed; leave its block before"
-                f" opening another"
+                f"microbatch {self._active.mb_id} is still open; leave its block before opening"
+                f" another (record() goes inside replay(), not around it)"
             )
-        if self._disabled:
-            raise ReplayError("replay() inside disabled() would route natively; leave disabled()")
+        self._check_enabled()
 
     @contextmanager
     def disabled(self) -> Generator[None]:
@@ -81,7 +104,7 @@ class ReplayState:
             raise ReplayError(f"microbatch {microbatch_id} is not kept; kept: {sorted(self._kept)}")
         if record is self._active:
             raise ReplayError(
-                f"microbatch {microbatch_id} is being replayed; release it after its block"
+                f"microbatch {microbatch_id} is still open; release it after its block"
             )
         record.release()
         del self._kept[microbatch_id]
@@ -90,7 +113,7 @@ class ReplayState:
         """Drop everything; the routers are native again."""
         if self._active is not None:
             raise ReplayError(
-                f"microbatch {self._active.mb_id} is being replayed; detach after its block"
+                f"microbatch {self._active.mb_id} is still open; detach after its block"
             )
         for microbatch_id in tuple(self._kept):
             self.release(microbatch_id)
@@ -115,7 +138,7 @@ class ReplayState:
                 raise ReplayError(
                     f"decoder layer {layer_idx} is recomputed for microbatch {record.mb_id}, whose"
                     f" ids were released or replaced; run the backward pass before release() and"
-                    f" before replay() with the same microbatch_id"
+                    f" before the next replay() or record() with the same microbatch_id"
                 )
             return record, True
         if not self._kept:
@@ -126,7 +149,7 @@ class ReplayState:
         raise ReplayError(
             f"cannot tell which microbatch a recomputation of decoder layer {layer_idx} belongs to"
             f" (kept: {sorted(self._kept)}); checkpoint whole decoder layers, or run the backward"
-            f" pass inside its replay block and release() the other microbatches first"
+            f" pass inside its block and release() the other microbatches first"
         )
 
     def tag_layer(self, layer_idx: int, layer: nn.Module, hidden_in: object, out: object) -> None:
@@ -144,6 +167,28 @@ class ReplayState:
         if isinstance(hidden_in, Tensor) and hidden_in.grad_fn is not None:
             hidden_in.register_hook(partial(self._leave_backward, layer_idx))
 
+    def _check_enabled(self) -> None:
+        if self._disabled:
+            raise ReplayError(
+                "replay() and record() take no effect inside disabled(); leave disabled() first"
+            )
+
+    def _check_recordable(
+        self, record: MicrobatchRecord, recorder: Recorder, microbatch_id: int
+    ) -> None:
+        self._check_enabled()
+        if record.recorder is not None:
+            raise ReplayError(
+                f"microbatch {record.mb_id} is being recorded already; one record block sees a"
+                f" forward pass"
+            )
+        if (record.mb_id, record.plan.layout) != (microbatch_id, recorder.layout):
+            raise ConfigError(
+                f"record() has microbatch_id = {microbatch_id} and layout {recorder.layout} inside a"
+                f" replay block of microbatch_id = {record.mb_id} and layout {record.plan.layout};"
+                f" both must be the same"
+            )
+
     def _current(self) -> MicrobatchRecord | None:
         return None if self._disabled else self._active
 
@@ -152,7 +197,7 @@ class ReplayState:
         if silent:
             raise ReplayError(
                 f"microbatch {record.mb_id}: the routers of decoder layers {silent} were not called"
-                f" inside the replay block, of {list(self._routing.layer_ids)}; run the forward pass"
+                f" inside the block, of {list(self._routing.layer_ids)}; run the forward pass"
                 f" of the attached model inside it"
             )
 

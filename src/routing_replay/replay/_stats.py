@@ -14,7 +14,7 @@ class LayerReplayStats:
 
     Attributes:
         layer_idx: Decoder layer.
-        calls: Forward passes in which the router was given experts.
+        calls: Forward passes inside a `replay` or `record` block.
         recomputations: Forward passes repeated by activation checkpointing, with the same experts.
         rows_replayed: Rows that took the given experts.
         rows_native_last: Last tokens of sequences that routed natively; they are not due.
@@ -93,14 +93,15 @@ class LayerCounter:
         self._replayed = self._last = self._missing = 0
         self._mismatched: Tensor | None = None
 
-    def count_call(self, plan: ReplayPlan, mismatched: Tensor) -> None:
-        """Count one forward pass; `mismatched` is an int64 scalar on any device."""
+    def count_call(self, plan: ReplayPlan, mismatched: Tensor | None) -> None:
+        """Count one forward pass; `mismatched` is an int64 scalar on any device, `None` for 0."""
         self._calls += 1
         self._replayed += plan.rows_replayed
         self._last += plan.rows_native_last
         self._missing += plan.rows_native_missing
-        earlier = self._mismatched
-        self._mismatched = mismatched if earlier is None else earlier + mismatched
+        if mismatched is not None:
+            earlier = self._mismatched
+            self._mismatched = mismatched if earlier is None else earlier + mismatched
 
     def count_recomputation(self) -> None:
         """Count one forward pass repeated in a backward pass."""

@@ -39,6 +39,11 @@ class Padded:
             )
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of `input_ids`: `(B, seq_len)`."""
+        return len(self.lengths), self.seq_len
+
+    @property
     def num_tokens(self) -> int:
         """Rows that a router sees, padding included: `B * seq_len`."""
         return len(self.lengths) * self.seq_len
@@ -75,6 +80,11 @@ class Packed:
         _check_lengths(self.lengths)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of `input_ids`: `(1, sum(lengths))`."""
+        return 1, self.num_tokens
+
+    @property
     def num_tokens(self) -> int:
         """Rows that a router sees: `sum(lengths)`."""
         return sum(self.lengths)
@@ -85,7 +95,7 @@ class Packed:
 
 
 Layout = Padded | Packed
-"""Every layout that `ReplayHandle.replay` accepts."""
+"""Every layout that `ReplayHandle.replay` and `ReplayHandle.record` accept."""
 
 
 def _check_lengths(lengths: object) -> None:

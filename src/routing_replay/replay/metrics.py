@@ -5,7 +5,11 @@ sampler and from the trainer at the same temperature. `d = logp_train - logp_rol
 `r = exp(d) = p_train / p_rollout` throughout. Everything is computed in float64 on the host.
 
 Definitions: KL estimators as in J. Schulman, "Approximating KL divergence" (2020); k3, the extreme
-fraction F(tau) and the routing mismatch as in "Rollout Routing Replay" (arXiv 2510.11370).
+fraction F(tau) and the routing mismatch as in "Rollout Routing Replay" (arXiv 2510.11370). In place
+of the rollout's log-probabilities, those of a second pass of the same trainer (packed, say, against
+one by one) give the control: what remains without any difference in routing engines.
+
+Leave out prompt tokens, and the rows that `ReplayPlan.loss_mask` leaves out of the loss.
 """
 
 from dataclasses import dataclass
@@ -27,11 +31,13 @@ class RoutingMismatch:
         pairs: Share of (token, layer) pairs with another set, in [0, 1].
         tokens: Share of tokens with another set in at least one layer, in [0, 1].
         per_layer: Share of tokens with another set, float64 `[L]`.
+        overlap_per_layer: Mean share of a token's experts that both routings have, float64 `[L]`.
     """
 
     pairs: float
     tokens: float
     per_layer: FloatArray
+    overlap_per_layer: FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +57,14 @@ def kl_k3_terms(logp_train: npt.ArrayLike, logp_rollout: npt.ArrayLike) -> Float
         logp_rollout: Log-probabilities under the rollout, same shape.
 
     Returns:
-        Terms in nats, float64, of the shape of the arguments.
+        Terms in nats, float64, of the shape of the arguments; inf where r is above float64.
 
     Raises:
         ConfigError: Empty, of other shapes, not numbers, or not finite.
     """
     delta = _delta(logp_train, logp_rollout)
-    return np.expm1(delta) - delta
+    with np.errstate(over="ignore"):
+        return np.expm1(delta) - delta
 
 
 def kl_k3(logp_train: npt.ArrayLike, logp_rollout: npt.ArrayLike) -> float:
@@ -133,10 +140,50 @@ def mean_abs_dlogp(logp_train: npt.ArrayLike, logp_rollout: npt.ArrayLike) -> fl
     return float(np.abs(_delta(logp_train, logp_rollout)).mean())
 
 
+def mean_abs_dp(logp_train: npt.ArrayLike, logp_rollout: npt.ArrayLike) -> float:
+    """Compute the mean of `|p_train - p_rollout|`, verl's `rollout_probs_diff_mean`.
+
+    Args:
+        logp_train: Log-probabilities under the trainer, any shape.
+        logp_rollout: Log-probabilities under the rollout, same shape.
+
+    Returns:
+        The mean, in [0, 1] for log-probabilities.
+
+    Raises:
+        ConfigError: Empty, of other shapes, not numbers, not finite, or above 0.
+    """
+    _delta(logp_train, logp_rollout)
+    train, rollout = (
+        _probability("logp_train", logp_train),
+        _probability("logp_rollout", logp_rollout),
+    )
+    return float(np.abs(train - rollout).mean())
+
+
+def token_mult_prob_error(logp_train: npt.ArrayLike, logp_rollout: npt.ArrayLike) -> float:
+    """Compute the mean of `exp(|d|)`, NeMo-RL's `token_mult_prob_error`: 1 where both agree.
+
+    Args:
+        logp_train: Log-probabilities under the trainer, any shape.
+        logp_rollout: Log-probabilities under the rollout, same shape.
+
+    Returns:
+        The mean, at least 1; inf where one is above float64.
+
+    Raises:
+        ConfigError: Empty, of other shapes, not numbers, or not finite.
+    """
+    with np.errstate(over="ignore"):
+        return float(np.exp(np.abs(_delta(logp_train, logp_rollout))).mean())
+
+
 def routing_mismatch(
     ids_a: npt.ArrayLike, ids_b: npt.ArrayLike, valid: npt.ArrayLike | None = None
 ) -> RoutingMismatch:
     """Compare two routings of the same tokens, as sets: the order of columns does not count.
+
+    So traces that are not `ordered` compare too.
 
     Args:
         ids_a: Expert ids, integers `[tokens, L, K]`.
@@ -172,10 +219,12 @@ def routing_mismatch(
                 f" in valid"
             )
     differs = (np.sort(first, axis=-1) != np.sort(second, axis=-1)).any(axis=-1)  # [tokens, L]
+    common = (first[..., :, None] == second[..., None, :]).any(axis=-1)  # [tokens, L, K]
     return RoutingMismatch(
         pairs=float(differs.mean()),
         tokens=float(differs.any(axis=1).mean()),
         per_layer=differs.mean(axis=0, dtype=np.float64),
+        overlap_per_layer=common.mean(axis=(0, 2), dtype=np.float64),
     )
 
 
@@ -264,6 +313,17 @@ def _finite(name: str, values: npt.ArrayLike) -> FloatArray:
             f" {array.size}); leave out tokens without a log-probability"
         )
     return array
+
+
+def _probability(name: str, logp: npt.ArrayLike) -> FloatArray:
+    """Return the probabilities of checked log-probabilities."""
+    array = _finite(name, logp)
+    if (array > 0).any():
+        raise ConfigError(
+            f"{name} holds {array.max()}, which is above 0 and no log-probability; pass the natural"
+            f" logarithm of the sampled tokens' probabilities"
+        )
+    return np.exp(array)
 
 
 def _ids(name: str, values: npt.ArrayLike) -> npt.NDArray[np.int64]:

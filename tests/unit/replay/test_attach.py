@@ -148,7 +148,7 @@ def test_detach_refuses_inside_a_block_and_ends_the_handle():
     traces = random_traces(batch.tokens)
     with handle.replay(traces, batch.layout):
         batch.logits(model)
-        with pytest.raises(ReplayError, match="microbatch 0 is being replayed"):
+        with pytest.raises(ReplayError, match="microbatch 0 is still open"):
             handle.detach()
     handle.detach()
     with pytest.raises(ReplayError, match="detached"), handle.replay(traces, batch.layout):

@@ -37,7 +37,7 @@ OTHERS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_forced_topk_answers_every_call_form(call: Callable[[Tensor], tuple[Tensor, ...]]):
     scores = torch.randn(3, 8, requires_grad=True)
-    with ForcedTopK(ROUTING, lambda _: IDS) as mode:
+    with ForcedTopK(ROUTING, lambda *_: IDS) as mode:
         result = call(scores)
     assert mode.num_matches == 1
     assert isinstance(result, torch.return_types.topk)
@@ -50,7 +50,7 @@ def test_forced_topk_answers_every_call_form(call: Callable[[Tensor], tuple[Tens
 @pytest.mark.parametrize("call", OTHERS.values(), ids=OTHERS)
 def test_forced_topk_passes_on_other_calls(call: Callable[[Tensor], tuple[Tensor, ...]]):
     scores = torch.randn(3, 8)
-    with ForcedTopK(ROUTING, lambda _: IDS) as mode:
+    with ForcedTopK(ROUTING, lambda *_: IDS) as mode:
         result = call(scores)
     assert mode.num_matches == 0
     for forced, native in zip(result, call(scores), strict=True):
@@ -60,6 +60,6 @@ def test_forced_topk_passes_on_other_calls(call: Callable[[Tensor], tuple[Tensor
 def test_forced_topk_leaves_nothing_behind():
     scores = torch.randn(3, 8)
     native = torch.topk(scores, 2).indices
-    with pytest.raises(RuntimeError, match="stop"), ForcedTopK(ROUTING, lambda _: IDS):
+    with pytest.raises(RuntimeError, match="stop"), ForcedTopK(ROUTING, lambda *_: IDS):
         raise RuntimeError("stop")
     assert torch.equal(torch.topk(scores, 2).indices, native)
