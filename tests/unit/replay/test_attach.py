@@ -9,23 +9,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from routing_replay.errors import ReplayError, UnsupportedModelError
 from routing_replay.replay import ModelRouting, attach
-from unit.replay.tiny_qwen3_moe import build_model, make_batch, random_traces
+from unit.replay.tiny_qwen3_moe import build_model, make_batch, random_traces, snapshot
 
 
 def routers_of(model: nn.Module):
     return [layer.mlp.gate for layer in model.model.layers[1:]]
-
-
-def snapshot(model: nn.Module):
-    """Every attribute of every module, by identity, and every forward hook."""
-    return {
-        path: (
-            {name: id(value) for name, value in vars(module).items()},
-            dict(module._forward_hooks),
-            dict(module._forward_pre_hooks),
-        )
-        for path, module in model.named_modules()
-    }
 
 
 def test_attach_finds_the_layers_of_the_model():

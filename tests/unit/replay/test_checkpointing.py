@@ -8,7 +8,14 @@ from torch.utils.checkpoint import checkpoint
 from routing_replay.errors import ReplayError
 from routing_replay.replay import attach, observe_expert_ids
 from routing_replay.trace import RoutingTrace
-from unit.replay.tiny_qwen3_moe import Batch, build_model, make_batch, make_trace, random_traces
+from unit.replay.tiny_qwen3_moe import (
+    Batch,
+    build_model,
+    make_batch,
+    make_trace,
+    random_traces,
+    turn_routers,
+)
 
 MODES = pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 BATCH = make_batch("right")
@@ -87,9 +94,7 @@ def test_recomputation_repeats_native_rows_after_the_router_changed(use_reentran
         with handle.replay(traces, BATCH.layout, on_missing="native"):
             loss = loss_of(BATCH, BATCH.logits(model))
         # As a near tie that flips: by itself the router would now pick other experts.
-        with torch.no_grad():
-            for layer in model.model.layers[1:]:
-                layer.mlp.gate.weight.data = layer.mlp.gate.weight.data.flip(0)
+        turn_routers(model)
         loss.backward()
     for calls in observed.ids_by_layer.values():
         assert torch.equal(calls[0], calls[1])

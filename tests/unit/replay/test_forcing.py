@@ -47,6 +47,29 @@ def test_forced_topk_answers_every_call_form(call: Callable[[Tensor], tuple[Tens
     assert torch.equal(scores.grad, torch.zeros(3, 8).scatter(-1, IDS, 1.0))
 
 
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_forced_topk_offers_the_models_own_call(is_sorted: bool):
+    routing = ModelRouting(layer_ids=(0,), num_layers=1, num_experts=64, top_k=8)
+    scores = torch.randn(16, 64, requires_grad=True)
+    native = torch.topk(scores, 8, sorted=is_sorted)
+    # Without `sorted` the columns come in another order, which a sorted top-k would not repeat.
+    assert torch.equal(native.indices, torch.topk(scores, 8).indices) == is_sorted
+    offered = []
+
+    def choose(selection: Tensor, native_ids: Callable[[], Tensor]):
+        assert selection is scores
+        offered.append(native_ids())
+        return offered[0]
+
+    with ForcedTopK(routing, choose) as mode:
+        result = torch.topk(scores, 8, sorted=is_sorted)
+    assert mode.num_matches == 1
+    assert torch.equal(offered[0], native.indices)
+    assert torch.equal(result.indices, native.indices)
+    assert torch.equal(result.values, native.values)
+    assert not offered[0].requires_grad
+
+
 @pytest.mark.parametrize("call", OTHERS.values(), ids=OTHERS)
 def test_forced_topk_passes_on_other_calls(call: Callable[[Tensor], tuple[Tensor, ...]]):
     scores = torch.randn(3, 8)

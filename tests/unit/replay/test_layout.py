@@ -8,12 +8,14 @@ def test_padded_offsets_follow_the_side():
     assert Padded(lengths=(2, 4), seq_len=5).offsets() == (0, 5)
     assert Padded(lengths=(2, 4), seq_len=5, side="left").offsets() == (3, 6)
     assert Padded(lengths=(2, 4), seq_len=5).num_tokens == 10
+    assert Padded(lengths=(2, 4), seq_len=5).shape == (2, 5)
 
 
 def test_packed_offsets_are_cumulative_lengths():
     layout = Packed(lengths=(2, 4, 1))
     assert layout.offsets() == (0, 2, 6)
     assert layout.num_tokens == 7
+    assert layout.shape == (1, 7)
 
 
 @pytest.mark.parametrize("lengths", [(), [3, 4], (3, 0), (3, -1), (3, 2.0), (True,), 3])

@@ -11,11 +11,21 @@ from routing_replay.replay import (
     kl_k3,
     kl_k3_terms,
     mean_abs_dlogp,
+    mean_abs_dp,
     paired_bootstrap_ratio,
     routing_mismatch,
+    token_mult_prob_error,
 )
 
-PAIRED = [kl_k1, kl_k3, kl_k3_terms, extreme_fraction, mean_abs_dlogp]
+PAIRED = [
+    kl_k1,
+    kl_k3,
+    kl_k3_terms,
+    extreme_fraction,
+    mean_abs_dlogp,
+    mean_abs_dp,
+    token_mult_prob_error,
+]
 
 
 def test_kl_estimates_have_the_stated_direction():
@@ -42,6 +52,9 @@ def test_metrics_have_known_values():
     assert kl_k3(train, rollout) == pytest.approx((2 - 1 - math.log(2)) / 2)
     assert kl_k1(train, rollout) == pytest.approx(-math.log(2) / 2)
     assert mean_abs_dlogp(train, rollout) == pytest.approx(math.log(2) / 2)
+    assert mean_abs_dp(train, rollout) == pytest.approx(0.25 / 2)
+    assert token_mult_prob_error(train, rollout) == pytest.approx((2 + 1) / 2)
+    assert token_mult_prob_error(rollout, train) == pytest.approx((2 + 1) / 2)
     np.testing.assert_allclose(kl_k3_terms(train, rollout), [1 - math.log(2), 0.0], atol=1e-15)
 
 
@@ -73,6 +86,16 @@ def test_metrics_refuse_bad_arguments(
         metric(train, rollout)
 
 
+def test_metrics_of_ratios_beyond_float64_are_infinite():
+    assert kl_k3([0.0], [-1e4]) == math.inf
+    assert token_mult_prob_error([0.0], [-1e4]) == math.inf
+
+
+def test_mean_abs_dp_refuses_what_is_no_log_probability():
+    with pytest.raises(ConfigError, match=r"logp_rollout holds 0\.5, which is above 0"):
+        mean_abs_dp([-1.0], [0.5])
+
+
 @pytest.mark.parametrize("tau", [0.5, float("inf"), float("nan")])
 def test_extreme_fraction_refuses_tau(tau: float):
     with pytest.raises(ConfigError, match="tau"):
@@ -90,6 +113,9 @@ def test_routing_mismatch_compares_sets():
     assert found.pairs == 3 / 6
     assert found.tokens == 2 / 3
     np.testing.assert_array_equal(found.per_layer, [1 / 3, 2 / 3])
+    # Row 1 keeps one of two experts in the second layer, row 2 one of two in each.
+    np.testing.assert_allclose(found.overlap_per_layer, [2.5 / 3, 2 / 3])
+    assert same.overlap_per_layer.tolist() == [1.0, 1.0]
     masked = routing_mismatch(ids, other, valid=[True, True, False])
     assert (masked.pairs, masked.tokens) == (1 / 4, 1 / 2)
 

@@ -7,7 +7,7 @@ import torch
 
 from routing_replay.errors import ConfigError, TraceFormatError, TraceMismatchError
 from routing_replay.replay import ModelRouting, Packed, Padded
-from routing_replay.replay._plan import build_plan
+from routing_replay.replay._plan import build_plan, native_plan
 from routing_replay.trace import RoutingTrace
 from unit.replay.tiny_qwen3_moe import LAYER_IDS, NUM_LAYERS, make_trace, random_ids
 
@@ -137,3 +137,53 @@ def test_plan_refuses_other_counts():
 def test_plan_refuses_unknown_policies(on_missing: object):
     with pytest.raises(ConfigError, match=r"'error', 'native', 'mask_loss', 'drop'"):
         plan_of([trace_of()], Packed(lengths=(4,)), on_missing=on_missing)
+
+
+# Three sequences of tokens 0 to 3: complete, token 1 missing, and nothing captured.
+MISSING = [trace_of(), trace_of(valid=[True, False, True]), None]
+LENGTHS = (4, 4, 3)
+LOSS_MASKS = {
+    "native": ["TTT-", "TTT-", "TT-"],
+    "mask_loss": ["TTT-", "T-T-", "---"],
+    "drop": ["TTT-", "----", "---"],
+}
+
+
+@pytest.mark.parametrize("policy", LOSS_MASKS)
+def test_loss_mask_follows_the_policy_in_every_layout(policy: str):
+    want = LOSS_MASKS[policy]
+
+    def rows_of(layout: Packed | Padded):
+        plan = plan_of(MISSING, layout, on_missing=policy)
+        assert plan.loss_mask.dtype == torch.bool
+        assert plan.rows_native_missing == 3
+        return ["".join("T" if kept else "-" for kept in row) for row in plan.loss_mask.tolist()]
+
+    assert rows_of(Packed(lengths=LENGTHS)) == ["".join(want)]
+    assert rows_of(Padded(lengths=LENGTHS, seq_len=6)) == [row.ljust(6, "-") for row in want]
+    left = Padded(lengths=LENGTHS, seq_len=6, side="left")
+    assert rows_of(left) == [row.rjust(6, "-") for row in want]
+
+
+@pytest.mark.parametrize("policy", ["error", *LOSS_MASKS])
+def test_loss_mask_of_complete_traces_keeps_all_but_last_tokens(policy: str):
+    plan = plan_of([trace_of(), trace_of(4)], Packed(lengths=(4, 4)), on_missing=policy)
+    assert plan.loss_mask.tolist() == [[True, True, True, False] * 2]
+
+
+@pytest.mark.parametrize("policy", ["mask_loss", "drop"])
+def test_loss_mask_does_not_miss_the_last_row(policy: str):
+    plan = plan_of(
+        [trace_of(4, valid=[True, True, True, False]), None],
+        Packed(lengths=(4, 1)),
+        on_missing=policy,
+    )
+    assert plan.loss_mask.tolist() == [[True, True, True, False, False]]
+
+
+def test_native_plan_forces_nothing_and_counts_nothing():
+    plan = native_plan(ROUTING, Padded(lengths=(2, 4), seq_len=5))
+    assert plan.targets.shape == (10, 2, 2)
+    assert (plan.targets == -1).all()
+    assert not plan.mask.any()
+    assert (plan.rows_replayed, plan.rows_native_last, plan.rows_native_missing) == (0, 0, 0)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from routing_replay.replay import Packed, Padded
@@ -156,3 +156,22 @@ def change_one_id(trace: RoutingTrace, row: int, slot: int) -> RoutingTrace:
         token_digest=trace.token_digest,
         weights_version=trace.weights_version,
     )
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Every attribute of every module by identity, what its dicts hold (hooks), and torch's modes."""
+    found: dict[str, object] = {"modes": torch._C._len_torch_function_stack()}
+    for path, module in model.named_modules():
+        found[f"{path} class"] = type(module)
+        for name, value in vars(module).items():
+            is_dict = isinstance(value, dict)
+            items = {key: id(item) for key, item in value.items()} if is_dict else None
+            found[f"{path}.{name}"] = (id(value), items)
+    return found
+
+
+def turn_routers(model: nn.Module) -> None:
+    """Change the routers, as a step of the optimizer does, so that they pick other experts."""
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.mlp.gate.weight.data = layer.mlp.gate.weight.data.flip(0)
