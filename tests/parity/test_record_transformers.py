@@ -205,6 +205,21 @@ def test_record_inside_replay_returns_forced_and_native_rows(use_reentrant: bool
         assert_same(gradients(model, again), want)
 
 
+def test_a_record_block_sees_nothing_after_its_end():
+    model = build_model()
+    batch = make_batch("packed")
+    with (
+        attach(model) as handle,
+        torch.no_grad(),
+        handle.replay(random_traces(batch.tokens), batch.layout),
+    ):
+        first, logits = recorded_pass(handle, model, batch)
+        assert torch.equal(batch.logits(model), logits)
+        second, _ = recorded_pass(handle, model, batch)
+    for one, other in zip(first, second, strict=True):
+        assert one.equals(other)
+
+
 def test_recorded_columns_out_of_rank_order_say_so():
     model = build_model()
     batch = make_batch("packed")

@@ -163,7 +163,7 @@ class ReplayHandle:
                 lacks a due row under `on_missing="error"`.
 
         Runtime: one host-to-device copy of the targets per device (2 * tokens * L * K bytes), then
-            no host sync; a router call adds one top-k and two sorts of `[tokens, K]`; keeps
+            no host sync; a router call adds a gather and two sorts of `[tokens, K]`; keeps
             2 * tokens * K bytes per router until release; not CUDA-graph safe; deterministic;
             differentiable in the router's weights and inputs.
         """
@@ -211,11 +211,11 @@ class ReplayHandle:
                 time, or by the end of the block not at all.
             TraceFormatError: A token id is not an integer in [0, 2**32).
 
-        Runtime: no host sync before `traces` is read; a router call adds one top-k; keeps
-            2 * tokens * K bytes per router until release, and until the traces are read; not
-            CUDA-graph safe; deterministic; differentiable as the model is.
+        Runtime: one host sync per tensor of `token_ids` that is on a device, then none before
+            `traces` is read; a router call adds two gathers of `[tokens, K]`; keeps 2 * tokens * K
+            bytes per router until release and until the traces are read; not CUDA-graph safe;
+            deterministic; differentiable as the model is.
         """
-        self._state.check_attached()
         recorder = Recorder(
             self._routing, layout, token_ids, weights_version=weights_version, last_row=last_row
         )

@@ -16,11 +16,12 @@ from routing_replay.replay._recording import Recorder
 class ReplayState:
     """What the routers of one attached model share.
 
-    In a forward pass the open `replay` or `record` block decides. Activation checkpointing repeats forwards
-    inside backward passes, possibly after the block has closed and while several microbatches wait
-    for theirs. So every decoder layer's output is tagged with its microbatch: its gradient arrives
-    before the layer is recomputed, and the gradient of the layer's input after. A plain attribute
-    and not a context variable, because autograd runs backward passes in threads of its own.
+    In a forward pass the open `replay` or `record` block decides. Activation checkpointing repeats
+    forwards inside backward passes, possibly after the block has closed and while several
+    microbatches wait for theirs. So every decoder layer's output is tagged with its microbatch: its
+    gradient arrives before the layer is recomputed, and the gradient of the layer's input after. A
+    plain attribute and not a context variable, because autograd runs backward passes in threads of
+    its own.
 
     Args:
         routing: The model's layers, experts and top-k.
@@ -73,14 +74,10 @@ class ReplayState:
             finally:
                 record.recorder = None
 
-    def check_attached(self) -> None:
-        """Refuse a block of a handle that was detached."""
-        if not self.is_attached:
-            raise ReplayError("the handle is detached; attach to the model again")
-
     def check_openable(self) -> None:
         """Refuse a block that could not take effect."""
-        self.check_attached()
+        if not self.is_attached:
+            raise ReplayError("the handle is detached; attach to the model again")
         if self._active is not None:
             raise ReplayError(
                 f"microbatch {self._active.mb_id} is still open; leave its block before opening"

@@ -116,6 +116,8 @@ def test_routing_mismatch_compares_sets():
     # Row 1 keeps one of two experts in the second layer, row 2 one of two in each.
     np.testing.assert_allclose(found.overlap_per_layer, [2.5 / 3, 2 / 3])
     assert same.overlap_per_layer.tolist() == [1.0, 1.0]
+    wide = routing_mismatch([[[0, 1, 2]], [[3, 4, 5]]], [[[2, 1, 7]], [[5, 3, 4]]])
+    np.testing.assert_allclose(wide.overlap_per_layer, [5 / 6])
     masked = routing_mismatch(ids, other, valid=[True, True, False])
     assert (masked.pairs, masked.tokens) == (1 / 4, 1 / 2)
 
