@@ -99,3 +99,32 @@ def with_ids(trace: RoutingTrace, ids: NDArray[np.integer]) -> RoutingTrace:
         token_digest=trace.token_digest,
         weights_version=trace.weights_version,
     )
+
+
+def check_against_teacher(folder: Path, outputs: list[RequestOutput]) -> None:
+    """Native ids and logprobs are Transformers'; each comparison would see one changed id."""
+    teacher_model = load_teacher(folder)
+    num_clear = 0
+    for index, output in enumerate(outputs):
+        teacher = teach(teacher_model, output)
+        trace = output.outputs[0].routing
+        trace.validate(all_tokens(output))
+        assert trace.num_rows == len(all_tokens(output)) - 1
+        assert num_wrong(trace, teacher) == 0
+        np.testing.assert_allclose(engine_logprobs(output), teacher.logprobs, atol=1e-4, rtol=0)
+        num_clear += int(teacher.is_clear.sum())
+        # The twin: one changed id at a clear place must be seen.
+        row, slot = np.argwhere(teacher.is_clear)[index % int(teacher.is_clear.sum())]
+        assert num_wrong(with_one_id_changed(trace, row, slot), teacher) == 1
+    total = sum(output.outputs[0].routing.ids.shape[0] for output in outputs)
+    assert num_clear >= 0.9 * total * outputs[0].outputs[0].routing.num_moe_layers
+
+
+def random_rows(trace: RoutingTrace, seed: int) -> RoutingTrace:
+    """Experts that no router would choose: random, distinct, in random order."""
+    rng = np.random.default_rng(seed)
+    rows = rng.permuted(
+        np.broadcast_to(np.arange(trace.num_experts), (*trace.ids.shape[:2], trace.num_experts)),
+        axis=-1,
+    )
+    return with_ids(trace, rows[..., : trace.top_k])

@@ -156,6 +156,25 @@ def test_forced_ids_decide_and_weights_come_from_the_logits(method: RoutingMetho
     assert differs.tolist() == [row == 5 for row in range(9)]
 
 
+def test_float32_weights_beside_bfloat16_rows_round_alike():
+    case = _case(40, 8, 2, dtype=torch.bfloat16)
+    wide = Case(case.logits, case.hidden, case.gemm1.float(), case.gemm2.float(), 2)
+    expected, out = case.run(), wide.run()
+    assert out.dtype is torch.bfloat16
+    # Sums in another order before one rounding: at most a last place of bfloat16 apart.
+    torch.testing.assert_close(out.float(), expected.float(), atol=1e-2, rtol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_batch_invariant_rows_have_the_same_bits_in_any_company(dtype: torch.dtype):
+    case = _case(61, 8, 2, dtype=dtype)
+    whole = case.run(batch_invariant=True)
+    for rows in (slice(0, 1), slice(7, 8), slice(3, 40), slice(60, 61)):
+        part = Case(case.logits[rows], case.hidden[rows], case.gemm1, case.gemm2, 2)
+        assert torch.equal(part.run(batch_invariant=True), whole[rows])
+    torch.testing.assert_close(whole, case.run(), atol=2e-2, rtol=2e-2)
+
+
 def test_rows_of_minus_one_route_natively_among_forced_ones():
     case = _case(6, 16, 4)
     forced = _buffer(case)
@@ -304,7 +323,7 @@ def test_swiglu_parameters_and_biases_are_per_expert():
         ({"n_group": 2}, "n_group=2 but routing method RenormalizeNaive has no groups"),
         ({"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5"),
         ({"hidden_states": torch.zeros(4, 16, dtype=torch.float16)}, "hidden_states is torch.float16"),
-        ({"hidden_states": torch.zeros(4, 16, dtype=torch.bfloat16)}, "use one dtype"),
+        ({"gemm1_weights": torch.zeros(8, 24, 16, dtype=torch.bfloat16)}, "gemm1_weights is torch.bfloat16.*use one dtype"),
         ({"hidden_states": torch.zeros(5, 16)}, r"routing_logits has shape \(4, 8\), expected \(5, 8\)"),
         ({"gemm1_weights": torch.zeros(8, 23, 16)}, r"gemm1_weights has shape \(8, 23, 16\), expected \(8, 24, 16\)"),
         ({"gemm1_bias": torch.zeros(8, 12)}, "gemm1_bias has shape"),
@@ -333,7 +352,7 @@ def test_registered_ops_pass_opcheck():
         recorded,
         recorded.clone(),
     )
-    tail = (None, None, None, None, None, "reference")
+    tail = (None, None, None, None, None, "reference", False)
     ops = torch.ops.routing_replay
     torch.library.opcheck(ops.bf16_moe.default, (torch.empty_like(case.hidden), *arguments, *tail))
     torch.library.opcheck(ops.bf16_moe_unfinalized.default, (*arguments, *tail))

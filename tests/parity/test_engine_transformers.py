@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 
 from _support.teacher import (
-    all_tokens,
+    check_against_teacher,
     engine_logprobs,
     load_teacher,
     num_wrong,
+    random_rows,
     teach,
-    with_ids,
     with_one_id_changed,
 )
-from routing_replay import LLM, RequestOutput, SamplingParams
+from routing_replay import LLM, SamplingParams
 from routing_replay.engine import EngineConfig
 from routing_replay.errors import TraceMismatchError
-from routing_replay.trace import RoutingTrace
 
 MAX_TOKENS = 12
 
@@ -41,33 +40,15 @@ def _llm(folder: Path, **settings: int) -> LLM:
     return LLM(folder, dtype="float32", enable_return_routed_experts=True, config=config)
 
 
-def _check_against_teacher(folder: Path, outputs: list[RequestOutput]) -> None:
-    teacher_model = load_teacher(folder)
-    num_clear = 0
-    for index, output in enumerate(outputs):
-        teacher = teach(teacher_model, output)
-        trace = output.outputs[0].routing
-        trace.validate(all_tokens(output))
-        assert trace.num_rows == len(all_tokens(output)) - 1
-        assert num_wrong(trace, teacher) == 0
-        np.testing.assert_allclose(engine_logprobs(output), teacher.logprobs, atol=1e-4, rtol=0)
-        num_clear += int(teacher.is_clear.sum())
-        # The twin: one changed id at a clear place must be seen.
-        row, slot = np.argwhere(teacher.is_clear)[index % int(teacher.is_clear.sum())]
-        assert num_wrong(with_one_id_changed(trace, row, slot), teacher) == 1
-    total = sum(output.outputs[0].routing.ids.shape[0] for output in outputs)
-    assert num_clear >= 0.9 * total * outputs[0].outputs[0].routing.num_moe_layers
-
-
 def test_captured_ids_equal_transformers_batched(model_folder: Path):
     outputs = _llm(model_folder).generate(_prompts(), _params(7))
-    _check_against_teacher(model_folder, outputs)
+    check_against_teacher(model_folder, outputs)
 
 
 def test_captured_ids_equal_transformers_one_by_one(model_folder: Path):
     llm = _llm(model_folder)
     outputs = [llm.generate([p], [s])[0] for p, s in zip(_prompts(), _params(7), strict=True)]
-    _check_against_teacher(model_folder, outputs)
+    check_against_teacher(model_folder, outputs)
 
 
 def test_captured_ids_equal_transformers_after_prefix_hits(model_folder: Path):
@@ -76,31 +57,21 @@ def test_captured_ids_equal_transformers_after_prefix_hits(model_folder: Path):
     warm = llm.generate(_prompts(), _params(7))
     assert [output.num_cached_tokens for output in warm] == [0, 0, 0, 16, 32, 32, 32]
     assert cold[6].num_cached_tokens == 0  # in one batch nothing is published yet
-    _check_against_teacher(model_folder, warm)
+    check_against_teacher(model_folder, warm)
     for before, after in zip(cold, warm, strict=True):
         assert before.outputs[0].token_ids == after.outputs[0].token_ids
 
 
 def test_captured_ids_equal_transformers_in_odd_chunks(model_folder: Path):
     llm = _llm(model_folder, max_num_batched_tokens=11, max_num_seqs=5)
-    _check_against_teacher(model_folder, llm.generate(_prompts(), _params(7)))
-
-
-def _random_rows(trace: RoutingTrace, seed: int) -> RoutingTrace:
-    """Experts that no router would choose: random, distinct, in random order."""
-    rng = np.random.default_rng(seed)
-    rows = rng.permuted(
-        np.broadcast_to(np.arange(trace.num_experts), (*trace.ids.shape[:2], trace.num_experts)),
-        axis=-1,
-    )
-    return with_ids(trace, rows[..., : trace.top_k])
+    check_against_teacher(model_folder, llm.generate(_prompts(), _params(7)))
 
 
 @pytest.mark.parametrize("chunk", [4096, 9])
 def test_forced_ids_are_recorded_in_every_row(model_folder: Path, chunk: int):
     llm = _llm(model_folder, max_num_batched_tokens=chunk, max_num_seqs=7)
     native = llm.generate(_prompts(), _params(7))
-    forced = [_random_rows(out.outputs[0].routing, i) for i, out in enumerate(native)]
+    forced = [random_rows(out.outputs[0].routing, i) for i, out in enumerate(native)]
     # Every other request stays native in the same batch.
     mixed = [trace if i % 2 else None for i, trace in enumerate(forced)]
     outputs = llm.generate(_prompts(), _params(7), replay=mixed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -13,7 +14,17 @@ from routing_replay.errors import CaptureError
 from routing_replay.kernels import MISSING_ID, RowFault
 from routing_replay.trace import RoutingTrace
 
-__all__ = ["CapturePipeline", "RowSpan", "describe_bad_row"]
+__all__ = ["CapturePipeline", "RowSpan", "UncachedPrefix", "describe_bad_row"]
+
+
+class UncachedPrefix(StrEnum):
+    """What happens when a prompt hits KV blocks whose rows are not here."""
+
+    RECOMPUTE = "recompute"
+    """Use only the part of the prefix whose rows are here, and compute the rest."""
+
+    MISSING = "missing"
+    """Use all of it; the trace marks the rows that are not here as not valid."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,13 +72,59 @@ class CapturePipeline:
     Args:
         device_cache: Where the layers write.
         host_cache: Where rows of requests and blocks are kept.
+        uncached_prefix: What happens when a prompt hits KV blocks whose rows are not here.
     """
 
-    def __init__(self, device_cache: DeviceCache, host_cache: HostCache) -> None:
+    def __init__(
+        self,
+        device_cache: DeviceCache,
+        host_cache: HostCache,
+        *,
+        uncached_prefix: UncachedPrefix = UncachedPrefix.RECOMPUTE,
+    ) -> None:
         self.device_cache = device_cache
         self.host_cache = host_cache
+        self._uncached_prefix = uncached_prefix
 
-    def collect(self, spans: Sequence[RowSpan], *, num_reset: int) -> dict[str, CaptureError]:
+    def num_usable_blocks(self, prefix: Sequence[BlockRef]) -> int:
+        """Return how many leading blocks of a prefix hit may be used.
+
+        Args:
+            prefix: Full blocks in token order.
+
+        Returns:
+            All of them, or under `UncachedPrefix.RECOMPUTE` those before the first whose rows are not here.
+        """
+        if self._uncached_prefix is UncachedPrefix.MISSING:
+            return len(prefix)
+        for count, block in enumerate(prefix):
+            if not self.host_cache.holds(block):
+                return count
+        return len(prefix)
+
+    def begin(self, request_id: str, prefix: Sequence[BlockRef], num_rows: int) -> None:
+        """Start a request with the rows that it did not compute itself; a preempted one keeps those it has.
+
+        Args:
+            request_id: The request.
+            prefix: The KV blocks that it attends to without having computed them, in token order.
+            num_rows: Their tokens.
+
+        Raises:
+            CaptureError: Rows of the prefix are not here.
+        """
+        if self.host_cache.is_running(request_id):
+            return
+        self.host_cache.begin(
+            request_id,
+            prefix,
+            num_rows=num_rows,
+            allow_missing=self._uncached_prefix is UncachedPrefix.MISSING,
+        )
+
+    def collect(
+        self, spans: Sequence[RowSpan], *, num_reset: int, weights_version: int
+    ) -> dict[str, CaptureError]:
         """Take the rows of a step that has run, in the order of its tokens.
 
         A request with a bad row gets none of its rows of the step: it has failed.
@@ -75,6 +132,7 @@ class CapturePipeline:
         Args:
             spans: The requests of the step; their rows lie one after another from cache row 0 on.
             num_reset: Rows of the step's bucket, padding rows included.
+            weights_version: Version of the weights that ran the step.
 
         Returns:
             An error for every request with a bad row.
@@ -95,41 +153,51 @@ class CapturePipeline:
             if span_flags.any():
                 errors[span.request_id] = self._error(span, span_flags, span_rows)
                 continue
-            self.host_cache.append(span.request_id, span.start, span_rows)
-            self.host_cache.write_blocks(span.blocks, span.start, span_rows)
+            self.host_cache.append(
+                span.request_id, span.start, span_rows, weights_version=weights_version
+            )
+            self.host_cache.write_blocks(
+                span.blocks, span.start, span_rows, weights_version=weights_version
+            )
         return errors
 
-    def finish(
-        self, request_id: str, token_ids: Sequence[int], *, weights_version: int
-    ) -> RoutingTrace:
-        """Assemble the trace of a finished request.
+    def num_rows(self, request_id: str) -> int:
+        """Return how many rows of a request are here, 0 for one that never began."""
+        return self.host_cache.num_rows(request_id)
+
+    def finish(self, request_id: str, token_ids: Sequence[int]) -> RoutingTrace:
+        """Assemble the trace of a request that has ended.
 
         Args:
-            request_id: A running request; call `host_cache.free` afterwards.
+            request_id: The request; call `host_cache.free` afterwards.
             token_ids: All its tokens; the last one was never an input and has no row.
-            weights_version: Version of the weights that computed the rows.
 
         Returns:
-            A complete trace of `len(token_ids) - 1` rows.
+            A trace of `len(token_ids) - 1` rows, each with the version of the weights that computed it. It is complete
+            except, under `UncachedPrefix.MISSING`, for rows of a prefix hit that were not here.
 
         Raises:
             CaptureError: A row never arrived.
         """
         spec = self.device_cache.spec
         rows = self.host_cache.take(request_id, len(token_ids) - 1)
-        if not rows.valid.all():
-            missing = np.flatnonzero(~rows.valid)
+        missing = np.flatnonzero(~rows.valid)
+        lost = missing[missing >= rows.num_prefix]
+        if lost.size:
             raise CaptureError(
-                f"request {request_id!r}: {len(missing)} of {len(rows.valid)} routing rows never arrived, the first "
-                f"for token index {missing[0]}; send the request again and report this"
+                f"request {request_id!r}: {len(lost)} of {len(rows.valid)} routing rows never arrived, the first "
+                f"for token index {lost[0]}; send the request again and report this"
             )
+        versions = rows.weights_version
+        starts = np.flatnonzero(np.diff(versions, prepend=versions[:1] - 1))
         trace = RoutingTrace.from_rows(
             rows.ids,
             token_ids=token_ids,
             layer_ids=spec.layer_ids,
             num_layers=spec.num_layers,
             num_experts=spec.num_experts,
-            weights_version=weights_version,
+            valid=rows.valid,
+            weights_version=[(int(start), int(versions[start])) for start in starts],
         )
         trace.validate()
         return trace

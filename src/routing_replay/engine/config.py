@@ -3,10 +3,11 @@
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from routing_replay.capture import UncachedPrefix
 from routing_replay.errors import ConfigError
 from routing_replay.models import MoEModelConfig
 
-__all__ = ["EngineConfig", "LogprobsMode", "ResolvedConfig", "resolve_config"]
+__all__ = ["EngineConfig", "LogprobsMode", "ResolvedConfig", "capture_features", "resolve_config"]
 
 
 class LogprobsMode(StrEnum):
@@ -34,6 +35,9 @@ class EngineConfig:
             `kv_cache_memory_bytes`.
         kv_cache_memory_bytes: Upper bound on the KV cache where `num_kv_blocks` is None.
         logprobs_mode: Which distribution logprobs belong to.
+        batch_invariant: Make the bits of a row independent of what runs beside it, so that logprobs are equal bit for
+            bit under every schedule; slower.
+        uncached_prefix: What happens when a prompt hits KV blocks whose routing rows are not here.
         seed: Base of the seeds of requests that name none.
     """
 
@@ -46,6 +50,8 @@ class EngineConfig:
     num_kv_blocks: int | None = None
     kv_cache_memory_bytes: int = 1 << 30
     logprobs_mode: LogprobsMode = LogprobsMode.RAW
+    batch_invariant: bool = False
+    uncached_prefix: UncachedPrefix = UncachedPrefix.RECOMPUTE
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +71,22 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}; "
                 "a step must have room for one token of every running request"
             )
+
+
+def capture_features(config: EngineConfig) -> frozenset[str]:
+    """Return what the engine does that capture has to support, under the names of `capture.SUPPORTED`."""
+    always = {
+        "chunked_prefill",
+        "forced_routing",
+        "parallel_sampling",
+        "preemption_by_recompute",
+        "prompt_logprobs",
+        "weight_update",
+    }
+    chosen = {name for name in ("batch_invariant",) if getattr(config, name)}
+    if config.enable_prefix_caching:
+        chosen.add("prefix_caching")
+    return frozenset(always | chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

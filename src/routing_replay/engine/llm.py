@@ -1,19 +1,22 @@
 """`LLM`: offline generation, under vLLM's names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from routing_replay.engine.config import EngineConfig
-from routing_replay.engine.core import EngineCore
+from routing_replay.engine.core import EngineCore, FinishedRequest, Forcing
 from routing_replay.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from routing_replay.engine.request import Request
 from routing_replay.engine.sampling_params import SamplingParams
 from routing_replay.engine.tokenizer import ModelTokenizer, load_tokenizer
 from routing_replay.errors import ConfigError
+from routing_replay.models import find_model_folder
 from routing_replay.trace import RoutingTrace
 
 __all__ = ["LLM", "Prompt"]
@@ -29,14 +32,15 @@ class LLM:
     """An engine that generates offline and returns the routing with the tokens.
 
     Args:
-        model: A Hugging Face Qwen3-MoE folder; one without a tokenizer takes token-id prompts.
+        model: A Hugging Face Qwen3-MoE folder, or the name of one on the hub; one without a tokenizer takes token-id
+            prompts.
         dtype: `"bfloat16"` or `"float32"`.
         device: A torch device.
         enable_return_routed_experts: Capture the routing of every request; None leaves it to `config`.
         config: All other settings.
 
     Raises:
-        ConfigError: A setting is not accepted, or the folder cannot be read.
+        ConfigError: A setting is not accepted, or the model cannot be found or read.
         UnsupportedModelError: The model is of another family.
         CaptureError: The start-up canary failed: a layer does not record its routing.
     """
@@ -55,10 +59,14 @@ class LLM:
         config = config or EngineConfig()
         if enable_return_routed_experts is not None:
             config = replace(config, enable_return_routed_experts=enable_return_routed_experts)
-        folder = Path(model)
+        folder = find_model_folder(model)
         self.tokenizer: ModelTokenizer | None = load_tokenizer(folder)
         self.core = EngineCore(
-            folder, dtype=_DTYPES[dtype], device=torch.device(device), config=config
+            folder,
+            dtype=_DTYPES[dtype],
+            device=torch.device(device),
+            config=config,
+            make_decoder=None if self.tokenizer is None else self.tokenizer.make_decoder,
         )
 
     def generate(
@@ -67,18 +75,22 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         replay: RoutingTrace | Sequence[RoutingTrace | None] | None = None,
+        on_missing: str = "error",
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Generate one completion for each prompt.
+        """Generate completions of each prompt; with `max_tokens=0`, score the prompts instead.
 
         Args:
             prompts: One prompt, or a sequence of them (a sequence of integers is one prompt).
             sampling_params: For all prompts, or one each.
-            replay: Traces to force, one for each prompt (None: native). A trace starts at token 0, belongs to the
-                prompt's tokens as far as it covers them (checked), and covers every token that can become an input:
-                `prompt + max_tokens - 1` rows. Generated tokens take its rows whatever they turn out to be.
+            replay: Traces to force, one for each prompt (None: native). A trace belongs to the prompt's tokens as far
+                as it covers them (checked). Generated tokens take its rows whatever they turn out to be.
+            on_missing: `"error"` refuses a trace that lacks a row of `prompt + max_tokens - 1`; `"native"` routes
+                tokens without a valid row natively.
+            use_tqdm: Show progress on a terminal.
 
         Returns:
-            Finished requests, in the order of the prompts. A request whose routing was not captured has
+            Finished requests, in the order of the prompts. A completion whose routing was not captured has
             `finish_reason="error"`, and its `routing` raises.
 
         Raises:
@@ -92,26 +104,38 @@ class LLM:
             "sampling_params", sampling_params or SamplingParams(), SamplingParams, items
         )
         traces = _one_each("replay", replay, RoutingTrace, items)
-        requests: list[Request] = []
+        groups: list[list[Request]] = []
         for item, settings, trace in zip(items, params, traces, strict=True):
             text, token_ids = self._tokens_of(item)
-            request = self.core.make_request(
-                token_ids, settings or SamplingParams(), prompt=text, replay=trace
+            forcing = None if trace is None else Forcing(trace, on_missing)
+            groups.append(
+                self.core.make_requests(
+                    token_ids, settings or SamplingParams(), prompt=text, forcing=forcing
+                )
             )
-            requests.append(request)
-        finished = self.core.run(requests)
-        return [self._output(request, finished[request.request_id]) for request in requests]
+        requests = [request for group in groups for request in group]
+        # On anything but a terminal (disable=None) the bar stays away.
+        with tqdm(
+            total=len(requests), unit="request", disable=None if use_tqdm else True
+        ) as progress:
+            finished = self.core.run(requests, lambda _: progress.update())
+        return [
+            self._output([finished[request.request_id] for request in group]) for group in groups
+        ]
 
     def chat(
         self,
         messages: Sequence[Sequence[Mapping[str, str]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generate the assistant's next turn of each conversation.
 
         Args:
             messages: Conversations of `{"role": ..., "content": ...}`.
             sampling_params: For all conversations, or one each.
+            use_tqdm: Show progress on a terminal.
 
         Returns:
             As `generate`.
@@ -123,9 +147,26 @@ class LLM:
             raise ConfigError(
                 "the model folder has no tokenizer.json; pass token ids to generate()"
             )
-        return self.generate(
-            [self.tokenizer.render_chat(turns) for turns in messages], sampling_params
-        )
+        prompts = [self.tokenizer.render_chat(turns) for turns in messages]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def update_weights(
+        self, tensors: Iterable[tuple[str, Tensor]], *, weights_version: int
+    ) -> None:
+        """Replace weights; traces captured from now on carry the new version.
+
+        Args:
+            tensors: Names as in a Hugging Face checkpoint (`model.state_dict().items()` of the trainer's model does),
+                and the new values; other weights stay as they are.
+            weights_version: The new version, 0 or more.
+
+        Raises:
+            ConfigError: The version is negative.
+            UnsupportedModelError: A name is unknown or a shape differs; tensors before it have been copied.
+
+        Runtime: synchronous; forgets cached prefixes.
+        """
+        self.core.update_weights(tensors, weights_version=weights_version)
 
     def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
@@ -142,35 +183,47 @@ class LLM:
             prompt = prompt["prompt_token_ids"]
         return None, [int(token) for token in prompt]
 
-    def _output(self, request: Request, captured: RoutingTrace | None) -> RequestOutput:
+    def _output(self, finished: Sequence[FinishedRequest]) -> RequestOutput:
+        """The output of a prompt from its completions."""
+        request = finished[0].request
+        prompt_logprobs = None
+        if request.params.prompt_logprobs is not None:
+            scored = (self._with_text(entry) for entry in request.prompt_logprobs)
+            prompt_logprobs = (None, *scored)
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt,
+            prompt_token_ids=tuple(request.token_ids[: request.num_prompt_tokens]),
+            outputs=tuple(self._completion(item) for item in finished),
+            num_cached_tokens=request.num_cached or 0,
+            num_preemptions=sum(item.request.num_preemptions for item in finished),
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _completion(self, finished: FinishedRequest) -> CompletionOutput:
+        request = finished.request
         token_ids = tuple(request.output_ids)
-        with_logprobs = request.params.logprobs is not None
-        logprobs = (
-            tuple(self._with_text(entry) for entry in request.logprobs) if with_logprobs else None
-        )
-        total = (
-            None
-            if logprobs is None
-            else sum(entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=True))
-        )
-        completion = CompletionOutput(
-            index=0,
-            text="" if self.tokenizer is None else self.tokenizer.decode(token_ids),
+        logprobs, total = None, None
+        if request.params.logprobs is not None:
+            logprobs = tuple(self._with_text(entry) for entry in request.logprobs)
+            pairs = zip(logprobs, token_ids, strict=True)
+            total = sum(entry[token].logprob for entry, token in pairs)
+        return CompletionOutput(
+            index=request.index,
+            text=self._text_of(request),
             token_ids=token_ids,
             cumulative_logprob=total,
             logprobs=logprobs,
             finish_reason=request.finish_reason or "error",
             stop_reason=request.stop_reason,
             error=request.error,
-            captured=captured,
+            captured=finished.trace,
         )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=tuple(request.token_ids[: request.num_prompt_tokens]),
-            outputs=(completion,),
-            num_cached_tokens=request.num_cached,
-        )
+
+    def _text_of(self, request: Request) -> str:
+        if request.stop_strings is not None and request.stop_strings.found is not None:
+            return request.stop_strings.text
+        return "" if self.tokenizer is None else self.tokenizer.decode(request.output_ids)
 
     def _with_text(self, entry: dict[int, Logprob]) -> dict[int, Logprob]:
         if self.tokenizer is None:

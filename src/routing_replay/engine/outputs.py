@@ -29,12 +29,13 @@ class CompletionOutput:
 
     Attributes:
         index: Which completion of the request.
-        text: Decoded tokens, without special ones; empty without a tokenizer.
+        text: Decoded tokens, without special ones and, unless asked for, without the stop string; empty without a
+            tokenizer.
         token_ids: Generated tokens, a stop token included.
         cumulative_logprob: Sum of the tokens' logprobs; None if none were asked for.
         logprobs: Per token: the sampled token and the alternatives asked for.
-        finish_reason: `"stop"`, `"length"`, or `"error"`.
-        stop_reason: The token that ended the output, if it is not the model's own end token.
+        finish_reason: `"stop"`, `"length"`, `"abort"`, or `"error"`.
+        stop_reason: The token or string that ended the output, if it is not the model's own end token.
         error: Why the request failed, if it did.
         captured: The trace, if capture was on and the request did not fail.
     """
@@ -45,7 +46,7 @@ class CompletionOutput:
     cumulative_logprob: float | None
     logprobs: tuple[dict[int, Logprob], ...] | None
     finish_reason: str
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     error: CaptureError | None = None
     captured: RoutingTrace | None = None
 
@@ -77,6 +78,9 @@ class RequestOutput:
         outputs: Its completions.
         finished: Always True for `LLM.generate`.
         num_cached_tokens: Prompt tokens whose KV blocks and routing rows came from the prefix cache.
+        num_preemptions: How often its completions gave their KV blocks back and were computed again.
+        prompt_logprobs: Per prompt token: the token and the alternatives asked for; None for the first token, and
+            None as a whole where none were asked for.
     """
 
     request_id: str
@@ -85,3 +89,5 @@ class RequestOutput:
     outputs: tuple[CompletionOutput, ...]
     finished: bool = True
     num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from routing_replay.capture import BlockRef
 from routing_replay.engine.outputs import Logprob
+from routing_replay.engine.penalties import TokenCounts
 from routing_replay.engine.sampling_params import SamplingParams
+from routing_replay.engine.stop_strings import StopStrings
 from routing_replay.errors import CaptureError
 
 __all__ = ["Request"]
@@ -27,13 +29,21 @@ class Request:
         params: How it is sampled.
         generator: Its own source of randomness.
         eos_token_ids: Tokens that end it.
-        forced_ids: int16 `[rows, L, K]` experts to force, from token 0 on; None routes natively.
+        parent: The first of the n samples of its prompt, if it is another one of them.
+        index: Which of the n samples it is.
+        stop_strings: Looks for `params.stop` in the text, if there is any.
+        token_counts: Tokens seen so far, if penalties need them.
+        forced_ids: int16 `[rows, L, K]` experts to force, from token 0 on, -1 in native rows; tokens past its end
+            route natively. None routes all tokens natively.
         num_computed: Tokens whose keys, values and routing rows exist.
-        num_cached: Of these, how many came from the prefix cache.
+        num_cached: Prompt tokens that the prefix cache, or a fork, gave it at first.
+        num_preemptions: How often it had to give its blocks back.
         blocks: Its KV blocks in token order.
+        block_hashes: Chained hashes of its first full blocks.
         logprobs: Per generated token.
+        prompt_logprobs: Per prompt token from the second on.
         finish_reason: Set when it has ended.
-        stop_reason: The stop token, if one was asked for and met.
+        stop_reason: The stop token or string, if one was asked for and met.
         error: Why it failed.
     """
 
@@ -44,13 +54,20 @@ class Request:
     params: SamplingParams
     generator: torch.Generator
     eos_token_ids: tuple[int, ...]
+    parent: "Request | None" = None
+    index: int = 0
+    stop_strings: StopStrings | None = None
+    token_counts: TokenCounts | None = None
     forced_ids: NDArray[np.int16] | None = None
     num_computed: int = 0
-    num_cached: int = 0
+    num_cached: int | None = None
+    num_preemptions: int = 0
     blocks: list[BlockRef] = field(default_factory=list[BlockRef])
+    block_hashes: list[bytes] = field(default_factory=list[bytes])
     logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
+    prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     error: CaptureError | None = None
 
     @property
@@ -59,23 +76,81 @@ class Request:
         return self.num_prompt_tokens + self.params.max_tokens
 
     @property
+    def num_to_compute(self) -> int:
+        """Tokens that it has and must compute: all, but the last one of a prompt that is only scored."""
+        return len(self.token_ids) - (self.params.max_tokens == 0)
+
+    @property
     def output_ids(self) -> Sequence[int]:
         """Generated tokens."""
         return self.token_ids[self.num_prompt_tokens :]
 
+    @property
+    def num_output_tokens(self) -> int:
+        """Generated tokens, counted."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def waits_for_parent(self) -> bool:
+        """Whether the prompt that it can take over is still being computed."""
+        parent = self.parent
+        return (
+            parent is not None
+            and self.num_preemptions == 0
+            and parent.finish_reason is None
+            and parent.num_computed < parent.num_prompt_tokens
+        )
+
+    @property
+    def can_fork(self) -> bool:
+        """Whether its parent holds the computed prompt."""
+        parent = self.parent
+        return (
+            parent is not None
+            and self.num_preemptions == 0
+            and bool(parent.blocks)
+            and parent.num_computed >= parent.num_prompt_tokens
+        )
+
+    @property
+    def skips_prefix_cache(self) -> bool:
+        """Whether it must compute every prompt token, because their logits are asked for and not all there."""
+        is_scored = len(self.prompt_logprobs) >= self.num_prompt_tokens - 1
+        return self.params.prompt_logprobs is not None and not is_scored
+
+    @property
+    def banned_token_ids(self) -> Sequence[int]:
+        """Tokens that may not be sampled yet, because they would end it before `min_tokens`."""
+        if self.num_output_tokens >= self.params.min_tokens:
+            return ()
+        eos = () if self.params.ignore_eos else self.eos_token_ids
+        return (*eos, *self.params.stop_token_ids)
+
     def forced_bytes(self, start: int, stop: int) -> bytes:
         """Return the forced experts of tokens `[start, stop)`: part of what their KV depends on."""
-        return b"" if self.forced_ids is None else self.forced_ids[start:stop].tobytes()
+        if self.forced_ids is None:
+            return b""
+        forced = self.forced_ids[start:stop]
+        # Rows that are all native depend on nothing forced; the hash chain covers what lies before them.
+        return forced.tobytes() if (forced >= 0).any() else b""
 
     def accept(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
         """Append a sampled token and decide whether the request has ended."""
         self.token_ids.append(token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
+        if self.token_counts is not None:
+            self.token_counts.add(token_id)
+        is_long_enough = self.num_output_tokens >= self.params.min_tokens
+        found = None
+        if self.stop_strings is not None:
+            found = self.stop_strings.add(token_id, may_stop=is_long_enough)
         if token_id in self.eos_token_ids and not self.params.ignore_eos:
             self.finish_reason = "stop"
-        elif token_id in self.params.stop_token_ids:
+        elif token_id in self.params.stop_token_ids and is_long_enough:
             self.finish_reason, self.stop_reason = "stop", token_id
+        elif found is not None:
+            self.finish_reason, self.stop_reason = "stop", found
         elif len(self.token_ids) >= self.max_len:
             self.finish_reason = "length"
 

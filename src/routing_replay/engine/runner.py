@@ -16,14 +16,20 @@ from routing_replay.capture import (
     RowSpan,
     canary_ids,
     check_canary,
+    check_capture_support,
 )
-from routing_replay.engine.config import ResolvedConfig
-from routing_replay.engine.scheduler import ScheduledRequest
+from routing_replay.engine.config import ResolvedConfig, capture_features
+from routing_replay.engine.outputs import Logprob
+from routing_replay.engine.sampler import score
+from routing_replay.engine.scheduler import Schedule, ScheduledRequest
 from routing_replay.errors import CaptureError
 from routing_replay.kernels import MISSING_ID
 from routing_replay.models import Qwen3MoEModel, RoutingBuffers, SequenceSpan, StepInputs
 
 __all__ = ["ModelRunner", "StepResult"]
+
+
+_SCORED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +38,12 @@ class StepResult:
 
     Attributes:
         logits: float32 `[S, vocab_size]`, one row per part that samples, in order.
+        prompt_logprobs: By request: the entries of the prompt tokens that follow the step's rows.
         errors: Requests whose routing was not captured.
     """
 
     logits: Tensor
+    prompt_logprobs: dict[str, list[dict[int, Logprob]]]
     errors: dict[str, CaptureError]
 
 
@@ -77,22 +85,28 @@ class ModelRunner:
         self._replay_buffer = ReplayBuffer(spec, num_rows=num_rows, device=device)
         self.pipeline: CapturePipeline | None = None
         if config.engine.enable_return_routed_experts:
+            check_capture_support(capture_features(config.engine))
             self.pipeline = CapturePipeline(
                 DeviceCache(spec, num_rows=num_rows, device=device),
                 HostCache(spec, num_blocks=config.num_kv_blocks, block_size=self._block_size),
+                uncached_prefix=config.engine.uncached_prefix,
             )
             self._run_canary(self.pipeline)
 
     @torch.inference_mode()
-    def run(self, parts: Sequence[ScheduledRequest]) -> StepResult:
+    def run(self, schedule: Schedule, *, weights_version: int) -> StepResult:
         """Run a step.
 
         Args:
-            parts: The step, requests with one token first.
+            schedule: The step.
+            weights_version: Version of the model's weights, for the rows.
 
         Returns:
-            Logits of the parts that sample, and the requests whose rows were bad.
+            Logits of the parts that sample, logprobs of prompt tokens, and the requests whose rows were bad.
         """
+        parts = schedule.parts
+        for copy in schedule.copies:
+            self._kv_cache[:, :, copy.target.block_id] = self._kv_cache[:, :, copy.source.block_id]
         spans = [
             RowSpan(
                 request_id=part.request.request_id,
@@ -105,13 +119,39 @@ class ModelRunner:
         tokens = [
             part.request.token_ids[part.start : part.start + part.num_tokens] for part in parts
         ]
-        step = self._step_inputs(spans, tokens, [part.samples for part in parts])
-        is_forced = self._fill_replay_buffer(parts)
-        logits = self._forward(step, is_forced=is_forced)
+        step = self._step_inputs(spans, tokens)
+        hidden_states = self._forward(step, is_forced=self._fill_replay_buffer(parts))
         errors: dict[str, CaptureError] = {}
         if self.pipeline is not None:
-            errors = self.pipeline.collect(spans, num_reset=step.token_ids.shape[0])
-        return StepResult(logits, errors)
+            errors = self.pipeline.collect(
+                spans, num_reset=step.token_ids.shape[0], weights_version=weights_version
+            )
+        last_rows = [
+            span.first_row + span.num_tokens - 1
+            for span, part in zip(step.spans, parts, strict=True)
+            if part.samples
+        ]
+        logits = self.model.compute_logits(hidden_states[last_rows])
+        return StepResult(logits, self._score_prompts(parts, step, hidden_states), errors)
+
+    def _score_prompts(
+        self, parts: Sequence[ScheduledRequest], step: StepInputs, hidden_states: Tensor
+    ) -> dict[str, list[dict[int, Logprob]]]:
+        """Score the prompt tokens that follow the rows of a step, a few rows at a time: logits are large."""
+        scored: dict[str, list[dict[int, Logprob]]] = {}
+        for part, span in zip(parts, step.spans, strict=True):
+            request, entries = part.request, list[dict[int, Logprob]]()
+            rows = part.prompt_logprob_rows
+            for low in range(rows.start, rows.stop, _SCORED_ROWS):
+                high = min(low + _SCORED_ROWS, rows.stop)
+                chunk = hidden_states[span.first_row + low : span.first_row + high]
+                following = request.token_ids[part.start + low + 1 : part.start + high + 1]
+                count = request.params.prompt_logprobs
+                assert count is not None
+                entries += score(self.model.compute_logits(chunk), following, count)
+            if entries:
+                scored[request.request_id] = entries
+        return scored
 
     def _forward(self, step: StepInputs, *, is_forced: bool) -> Tensor:
         buffers = RoutingBuffers(
@@ -136,10 +176,8 @@ class ModelRunner:
         self._replay_buffer.fill(rows)
         return True
 
-    def _step_inputs(
-        self, spans: Sequence[RowSpan], tokens: Sequence[Sequence[int]], samples: Sequence[bool]
-    ) -> StepInputs:
-        """Flatten the sequences of a step; `samples` says which of them need logits of their last row."""
+    def _step_inputs(self, spans: Sequence[RowSpan], tokens: Sequence[Sequence[int]]) -> StepInputs:
+        """Flatten the sequences of a step."""
         size = self._block_size
         num_decodes = sum(span.num_rows == 1 for span in spans)
         positions = np.concatenate([np.arange(s.start, s.start + s.num_rows) for s in spans])
@@ -166,7 +204,6 @@ class ModelRunner:
             ),
             num_decodes=num_decodes,
             decode_mask=self._to_device(mask[:, None, None, :]),
-            sample_rows=self._to_device((ends - 1)[np.asarray(samples, np.bool_)]),
         )
 
     def _to_device(self, array: np.ndarray) -> Tensor:
@@ -179,11 +216,11 @@ class ModelRunner:
         num_rows = min(self._block_size, spec.num_experts, pipeline.device_cache.num_rows)
         expected = canary_ids(spec, num_rows)
         span = RowSpan(request_id="canary", start=0, num_rows=num_rows, blocks=(BlockRef(0, 0),))
-        step = self._step_inputs([span], [[0] * num_rows], [True])
+        step = self._step_inputs([span], [[0] * num_rows])
         self._replay_buffer.fill(expected)
         self._forward(step, is_forced=True)
         pipeline.host_cache.begin(span.request_id)
-        errors = pipeline.collect([span], num_reset=num_rows)
+        errors = pipeline.collect([span], num_reset=num_rows, weights_version=0)
         captured = pipeline.host_cache.take(span.request_id, num_rows)
         pipeline.host_cache.free(span.request_id)
         if errors:

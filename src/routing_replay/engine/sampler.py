@@ -10,7 +10,7 @@ from routing_replay.engine.config import LogprobsMode
 from routing_replay.engine.outputs import Logprob
 from routing_replay.engine.request import Request
 
-__all__ = ["SampledToken", "sample"]
+__all__ = ["SampledToken", "sample", "score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,43 @@ class SampledToken:
     logprobs: dict[int, Logprob] | None
 
 
+def _column(values: Sequence[float], logits: Tensor) -> Tensor:
+    return torch.tensor(values, device=logits.device)[:, None]
+
+
+def _penalize(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Ban tokens that may not come yet, and apply penalties, row by row where a request asks for either."""
+    changed: dict[int, Tensor] = {}
+    for row, request in enumerate(requests):
+        if request.token_counts is not None:
+            changed[row] = request.token_counts.penalize(logits[row], request.params)
+        banned = request.banned_token_ids
+        if banned:
+            changed[row] = changed.get(row, logits[row]).clone()
+            changed[row][list(banned)] = -torch.inf
+    if not changed:
+        return logits
+    logits = logits.clone()
+    for row, values in changed.items():
+        logits[row] = values
+    return logits
+
+
+def _keep_min_p(logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    shares = [request.params.min_p for request in requests]
+    if max(shares) == 0.0:
+        return logits
+    # p >= min_p * p_max, on logits; log(0) keeps every token.
+    limit = logits.amax(dim=-1, keepdim=True) + _column(shares, logits).log()
+    return logits.masked_fill(logits < limit, -torch.inf)
+
+
 def _keep_top_k(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     limits = [r.params.top_k if r.params.top_k > 0 else logits.shape[1] for r in requests]
     if min(limits) >= logits.shape[1]:
         return logits
     rank = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return logits.masked_fill(
-        rank >= torch.tensor(limits, device=logits.device)[:, None], -torch.inf
-    )
+    return logits.masked_fill(rank >= _column(limits, logits), -torch.inf)
 
 
 def _keep_top_p(logits: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -43,7 +72,7 @@ def _keep_top_p(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     order = logits.argsort(dim=-1, descending=True, stable=True)
     probs = logits.softmax(dim=-1).gather(1, order)
     # A token stays if the more probable ones do not reach the limit without it; so the first always stays.
-    limit = torch.tensor(limits, device=logits.device)[:, None]
+    limit = _column(limits, logits)
     is_dropped = (probs.cumsum(dim=-1) - probs >= limit) & (limit < 1.0)
     return logits.masked_fill(
         torch.zeros_like(is_dropped).scatter(1, order, is_dropped), -torch.inf
@@ -51,29 +80,58 @@ def _keep_top_p(logits: Tensor, requests: Sequence[Request]) -> Tensor:
 
 
 def _process(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    temperatures = torch.tensor(
-        [r.params.temperature or 1.0 for r in requests], device=logits.device
-    )
-    return _keep_top_p(_keep_top_k(logits / temperatures[:, None], requests), requests)
+    logits = _penalize(logits, requests)
+    temperatures = [request.params.temperature or 1.0 for request in requests]
+    if any(temperature != 1.0 for temperature in temperatures):
+        logits = logits / _column(temperatures, logits)
+    logits = _keep_min_p(logits, requests)
+    return _keep_top_p(_keep_top_k(logits, requests), requests)
 
 
 def _choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Sample by exponential races: every request draws from its own generator, whatever runs beside it."""
-    noise = torch.ones_like(logits)
+    """Draw by the inverse of the cumulative distribution: one number per request, from its own generator.
+
+    So a token depends on its request alone, whatever runs beside it. Temperature 0 takes the first maximum.
+    """
+    draws = [request.params.temperature > 0 for request in requests]
+    if not any(draws):
+        return logits.argmax(dim=-1)
+    cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    uniform = torch.zeros(len(requests), 1, dtype=torch.float64, device=logits.device)
     for row, request in enumerate(requests):
-        if request.params.temperature > 0:
-            noise[row].exponential_(generator=request.generator)
-    return (logits.softmax(dim=-1) / noise).argmax(dim=-1)
+        if draws[row]:
+            uniform[row].uniform_(generator=request.generator)
+    total = cumulative[:, -1:].contiguous()
+    drawn = torch.searchsorted(cumulative, uniform * total, right=True)
+    # Rounding can bring the product up to the total, past the last token of any probability.
+    last = torch.searchsorted(cumulative, total)
+    drawn = torch.minimum(drawn, last).squeeze(1)
+    if all(draws):
+        return drawn
+    return torch.where(torch.tensor(draws, device=logits.device), drawn, logits.argmax(dim=-1))
 
 
-def _logprobs_of(logprobs: Tensor, chosen: int, num_alternatives: int) -> dict[int, Logprob]:
-    top = logprobs.argsort(descending=True, stable=True)[:num_alternatives].tolist()
-    values = logprobs[[chosen, *top]].tolist()
-    rank = int((logprobs > logprobs[chosen]).sum()) + 1
-    result = {chosen: Logprob(values[0], rank)}
-    for position, (token_id, value) in enumerate(zip(top, values[1:], strict=True)):
-        result.setdefault(token_id, Logprob(value, position + 1))
-    return result
+def _entries(
+    logprobs: Tensor, chosen: Tensor, counts: Sequence[int | None]
+) -> list[dict[int, Logprob] | None]:
+    """For each row: the chosen token, and the most probable ones that are asked for."""
+    values = logprobs.gather(1, chosen[:, None])
+    ranks: list[int] = ((logprobs > values).sum(dim=-1) + 1).tolist()
+    chosen_values: list[float] = values.squeeze(1).tolist()
+    token_ids: list[int] = chosen.tolist()
+    entries: list[dict[int, Logprob] | None] = []
+    for row, count in enumerate(counts):
+        if count is None:
+            entries.append(None)
+            continue
+        entry = {token_ids[row]: Logprob(chosen_values[row], ranks[row])}
+        if count:
+            order = logprobs[row].argsort(descending=True, stable=True)[:count]
+            top_values: list[float] = logprobs[row][order].tolist()
+            for position, token_id in enumerate(order.tolist()):
+                entry.setdefault(token_id, Logprob(top_values[position], position + 1))
+        entries.append(entry)
+    return entries
 
 
 def sample(
@@ -95,20 +153,32 @@ def sample(
         return []
     processed = _process(logits, requests)
     chosen = _choose(processed, requests)
-    token_ids: list[int] = chosen.tolist()
-    if all(request.params.logprobs is None for request in requests):
-        return [SampledToken(token_id, None) for token_id in token_ids]
+    counts = [request.params.logprobs for request in requests]
+    if all(count is None for count in counts):
+        return [SampledToken(token_id, None) for token_id in chosen.tolist()]
     logprobs = (logits if mode is LogprobsMode.RAW else processed).log_softmax(dim=-1)
-    chosen_logprobs = logprobs.gather(1, chosen[:, None])
-    ranks = ((logprobs > chosen_logprobs).sum(dim=-1) + 1).tolist()
-    values = chosen_logprobs.squeeze(1).tolist()
-    sampled: list[SampledToken] = []
-    for row, (request, token_id) in enumerate(zip(requests, token_ids, strict=True)):
-        count = request.params.logprobs
-        if count is None:
-            sampled.append(SampledToken(token_id, None))
-        elif count == 0:
-            sampled.append(SampledToken(token_id, {token_id: Logprob(values[row], ranks[row])}))
-        else:
-            sampled.append(SampledToken(token_id, _logprobs_of(logprobs[row], token_id, count)))
-    return sampled
+    entries = _entries(logprobs, chosen, counts)
+    return [
+        SampledToken(token_id, entry)
+        for token_id, entry in zip(chosen.tolist(), entries, strict=True)
+    ]
+
+
+def score(
+    logits: Tensor, token_ids: Sequence[int], num_alternatives: int
+) -> list[dict[int, Logprob]]:
+    """Return the logprobs of given tokens.
+
+    Args:
+        logits: float32 `[S, vocab_size]`.
+        token_ids: The token that follows each row.
+        num_alternatives: How many most probable tokens to return beside it.
+
+    Returns:
+        One entry per row.
+
+    Runtime: host syncs; allocates O(S*vocab_size); bitwise deterministic.
+    """
+    chosen = torch.tensor(token_ids, device=logits.device)
+    entries = _entries(logits.log_softmax(dim=-1), chosen, [num_alternatives] * len(token_ids))
+    return [entry for entry in entries if entry is not None]

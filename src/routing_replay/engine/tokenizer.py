@@ -1,11 +1,12 @@
 """The tokenizer of a model folder, and its chat template."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from routing_replay.errors import ConfigError
 
@@ -31,6 +32,11 @@ class ModelTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, without special ones."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def make_decoder(self) -> Callable[[int], str | None]:
+        """Return a function from the next token of one text to the text that it adds, None inside a character."""
+        stream = DecodeStream(skip_special_tokens=True)
+        return lambda token_id: stream.step(self._tokenizer, token_id)
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Render a conversation as the prompt of the assistant's next turn.

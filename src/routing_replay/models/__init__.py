@@ -1,7 +1,9 @@
 """MoE decoder families from shared layers, with weights from Hugging Face checkpoints."""
 
 from routing_replay.models.config import MoEModelConfig, load_model_config
-from routing_replay.models.loading import load_model
+from routing_replay.models.hub import find_model_folder
+from routing_replay.models.invariance import check_batch_invariance
+from routing_replay.models.loading import copy_weights, load_model
 from routing_replay.models.qwen3_moe import Qwen3MoEModel
 from routing_replay.models.step import RoutingBuffers, SequenceSpan, StepInputs
 
@@ -11,6 +13,9 @@ __all__ = [
     "RoutingBuffers",
     "SequenceSpan",
     "StepInputs",
+    "check_batch_invariance",
+    "copy_weights",
+    "find_model_folder",
     "load_model",
     "load_model_config",
 ]

@@ -3,11 +3,35 @@
 import torch
 from torch import Tensor, nn
 
-from routing_replay.kernels import RoutingMethodType, bf16_moe
+from routing_replay.kernels import RoutingMethodType, bf16_moe, linear
+from routing_replay.models.attention import attend
 from routing_replay.models.config import MoEModelConfig
 from routing_replay.models.step import StepInputs
 
-__all__ = ["DenseMlp", "MoEBlock", "PagedAttention", "RMSNorm", "RotaryEmbedding"]
+__all__ = ["DenseMlp", "Linear", "MoEBlock", "PagedAttention", "RMSNorm", "RotaryEmbedding"]
+
+
+class Linear(nn.Module):
+    """A weight for `kernels.linear`, which may be kept in another dtype than the rows it meets.
+
+    Args:
+        in_features: Columns.
+        out_features: Rows.
+        bias: Whether there is a bias.
+        batch_invariant: Make the bits of a row independent of the rows beside it.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, bias: bool = False, batch_invariant: bool
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._batch_invariant = batch_invariant
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[T, in_features]` to `[T, out_features]` in the dtype of `x`."""
+        return linear(x, self.weight, self.bias, batch_invariant=self._batch_invariant)
 
 
 class RMSNorm(nn.Module):
@@ -62,17 +86,19 @@ class PagedAttention(nn.Module):
 
     Args:
         config: Sizes of the model.
+        batch_invariant: Make the bits of a row independent of the rows beside it.
     """
 
-    def __init__(self, config: MoEModelConfig) -> None:
+    def __init__(self, config: MoEModelConfig, *, batch_invariant: bool) -> None:
         super().__init__()
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = config.head_dim
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=bias)
+        self._batch_invariant = batch_invariant
+        options = {"bias": config.attention_bias, "batch_invariant": batch_invariant}
+        self.q_proj = Linear(config.hidden_size, heads * config.head_dim, **options)
+        self.k_proj = Linear(config.hidden_size, kv_heads * config.head_dim, **options)
+        self.v_proj = Linear(config.hidden_size, kv_heads * config.head_dim, **options)
+        self.o_proj = Linear(heads * config.head_dim, config.hidden_size, **options)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
@@ -101,44 +127,8 @@ class PagedAttention(nn.Module):
         query, key = RotaryEmbedding.rotate(query, angles), RotaryEmbedding.rotate(key, angles)
         kv_cache[0].flatten(0, 1)[step.slot_mapping] = key
         kv_cache[1].flatten(0, 1)[step.slot_mapping] = value
-        out = torch.empty_like(query)
-        if step.num_decodes:
-            out[: step.num_decodes] = _attend_decodes(query[: step.num_decodes], kv_cache, step)
-        for index in range(step.num_decodes, len(step.spans)):
-            span = step.spans[index]
-            rows = slice(span.first_row, span.first_row + span.num_tokens)
-            blocks = step.block_tables[index]
-            out[rows] = _attend_chunk(query[rows], kv_cache, blocks, span.context_len)
+        out = attend(query, kv_cache, step, batch_invariant=self._batch_invariant)
         return self.o_proj(out.flatten(1))
-
-
-def _attend_decodes(query: Tensor, kv_cache: Tensor, step: StepInputs) -> Tensor:
-    """One query row per sequence `[B, heads, D]` against its padded context; the mask hides the padding."""
-    tables = step.block_tables[: step.num_decodes]
-    key = kv_cache[0][tables].flatten(1, 2).transpose(1, 2)  # [B, kv_heads, S, D]
-    value = kv_cache[1][tables].flatten(1, 2).transpose(1, 2)
-    out = nn.functional.scaled_dot_product_attention(
-        query.unsqueeze(2), key, value, attn_mask=step.decode_mask, enable_gqa=True
-    )
-    return out.squeeze(2)
-
-
-def _attend_chunk(query: Tensor, kv_cache: Tensor, blocks: Tensor, context_len: int) -> Tensor:
-    """The last rows `[n, heads, D]` of one sequence against its whole context, causally."""
-    num_tokens, block_size = query.shape[0], kv_cache.shape[2]
-    used = blocks[: -(-context_len // block_size)]
-    key = kv_cache[0][used].flatten(0, 1)[:context_len].transpose(0, 1)
-    value = kv_cache[1][used].flatten(0, 1)[:context_len].transpose(0, 1)
-    mask = torch.ones(num_tokens, context_len, dtype=torch.bool, device=query.device)
-    mask = mask.tril(diagonal=context_len - num_tokens)
-    out = nn.functional.scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
-        key.unsqueeze(0),
-        value.unsqueeze(0),
-        attn_mask=mask,
-        enable_gqa=True,
-    )
-    return out.squeeze(0).transpose(0, 1)
 
 
 class DenseMlp(nn.Module):
@@ -146,14 +136,15 @@ class DenseMlp(nn.Module):
 
     Args:
         config: Sizes of the model.
+        batch_invariant: Make the bits of a row independent of the rows beside it.
     """
 
-    def __init__(self, config: MoEModelConfig) -> None:
+    def __init__(self, config: MoEModelConfig, *, batch_invariant: bool) -> None:
         super().__init__()
         hidden_size, size = config.hidden_size, config.dense_intermediate_size
-        self.gate_proj = nn.Linear(hidden_size, size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, size, bias=False)
-        self.down_proj = nn.Linear(size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, size, batch_invariant=batch_invariant)
+        self.up_proj = Linear(hidden_size, size, batch_invariant=batch_invariant)
+        self.down_proj = Linear(size, hidden_size, batch_invariant=batch_invariant)
 
     def forward(
         self, hidden_states: Tensor, _replay_out: Tensor | None, _replay_in: Tensor | None
@@ -168,18 +159,20 @@ class MoEBlock(nn.Module):
 
     Args:
         config: Sizes and routing of the model.
+        batch_invariant: Make the bits of a row independent of the rows beside it.
     """
 
-    def __init__(self, config: MoEModelConfig) -> None:
+    def __init__(self, config: MoEModelConfig, *, batch_invariant: bool) -> None:
         super().__init__()
         num_experts, size = config.num_experts, config.moe_intermediate_size
         self._config = config
+        self._batch_invariant = batch_invariant
         self._method = (
             RoutingMethodType.RenormalizeNaive
             if config.norm_topk_prob
             else RoutingMethodType.Default
         )
-        self.gate = nn.Linear(config.hidden_size, num_experts, bias=False)
+        self.gate = Linear(config.hidden_size, num_experts, batch_invariant=batch_invariant)
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * size, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, config.hidden_size, size))
 
@@ -213,6 +206,7 @@ class MoEBlock(nn.Module):
             routing_method_type=self._method,
             routing_replay_out=replay_out,
             routing_replay_in=replay_in,
+            batch_invariant=self._batch_invariant,
         )
         assert isinstance(out, Tensor)
         return out

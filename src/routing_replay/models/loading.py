@@ -1,7 +1,7 @@
 """Loading a Hugging Face folder into a decoder: every tensor exactly once, none missing, none left over."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from routing_replay.errors import ConfigError, UnsupportedModelError
 from routing_replay.models.config import load_model_config
 from routing_replay.models.qwen3_moe import Qwen3MoEModel
 
-__all__ = ["load_model"]
+__all__ = ["copy_weights", "load_model"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -44,22 +44,28 @@ def _some(names: set[str]) -> str:
     return f"{shown}, ..." if len(names) > 3 else shown
 
 
+def _copy(name: str, target: Tensor, stored: Tensor, dtype: torch.dtype) -> None:
+    """Round to the model's dtype first: a place in float32 may hold bfloat16 values."""
+    if target.shape != stored.shape:
+        raise UnsupportedModelError(
+            f"{name} has shape {tuple(stored.shape)}, config.json asks for {tuple(target.shape)}; "
+            "the weights and the config belong to different models"
+        )
+    target.copy_(stored.to(dtype))
+
+
 def _fill(model: Qwen3MoEModel, folder: Path) -> None:
-    waiting = dict(model.checkpoint_names())
+    waiting = model.checkpoint_places()
     extra: set[str] = set()
     for name, stored in _stored_tensors(folder):
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        target = waiting.pop(name, None)
-        if target is None:
+        places = waiting.pop(name, None)
+        if places is None:
             extra.add(name)
-        elif target.shape != stored.shape:
-            raise UnsupportedModelError(
-                f"{name} has shape {tuple(stored.shape)}, config.json asks for {tuple(target.shape)}; "
-                "the weights and the config belong to different models"
-            )
-        else:
-            target.copy_(stored)
+            continue
+        for place in places:
+            _copy(name, place, stored, model.dtype)
     if waiting or extra:
         raise UnsupportedModelError(
             f"{folder} lacks {len(waiting)} tensors ({_some(set(waiting))}) and has {len(extra)} unknown ones "
@@ -67,13 +73,50 @@ def _fill(model: Qwen3MoEModel, folder: Path) -> None:
         )
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Qwen3MoEModel:
+@torch.no_grad()
+def copy_weights(model: Qwen3MoEModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Replace some of a decoder's weights.
+
+    Args:
+        model: The decoder.
+        tensors: Names and new values: those of a checkpoint, or those of a Transformers model's `state_dict`, where
+            the experts of a layer are one tensor.
+
+    Raises:
+        UnsupportedModelError: A name is unknown or a shape differs; tensors before it have been copied.
+
+    Runtime: copies in place, so that addresses stay; synchronous on the CPU; no gradients.
+    """
+    places = {**model.checkpoint_places(), **model.fused_places()}
+    for name, tensor in tensors:
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if name not in places:
+            raise UnsupportedModelError(
+                f"weight {name!r} is not one of the model's {len(places)}; names are those of a checkpoint, such as "
+                f"{next(iter(places))!r}"
+            )
+        for place in places[name]:
+            _copy(name, place, tensor.detach(), model.dtype)
+
+
+def _gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which dtype GEMM weights are kept: float32 on a CPU where torch has no fast bfloat16 GEMM."""
+    is_slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return torch.float32 if is_slow else dtype
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, batch_invariant: bool = False
+) -> Qwen3MoEModel:
     """Build the decoder of a Hugging Face Qwen3-MoE folder and load its weights.
 
     Args:
         folder: A folder with `config.json` and safetensors, in one file or sharded.
-        dtype: torch.bfloat16 or torch.float32; stored weights are converted.
+        dtype: torch.bfloat16 or torch.float32; stored weights are rounded to it. On a CPU where torch has no fast
+            bfloat16 GEMM, the rounded weights of GEMMs are kept in float32.
         device: Where the model runs.
+        batch_invariant: Make the bits of a row independent of the rows beside it.
 
     Returns:
         The decoder, in evaluation mode, without gradients.
@@ -90,10 +133,8 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device) -> Qwe
         )
     config = load_model_config(folder)
     with torch.device("meta"):
-        model = Qwen3MoEModel(config)
-    model = model.to(dtype).to_empty(device=device)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+        model = Qwen3MoEModel(config, batch_invariant=batch_invariant)
+    model = model.cast(dtype, gemm_dtype=_gemm_dtype(dtype, device)).to_empty(device=device)
     with torch.no_grad():
         _fill(model, folder)
     return model.eval().requires_grad_(False)

@@ -36,7 +36,6 @@ class StepInputs:
         spans: One per sequence, sequences that decode (one token) first.
         num_decodes: How many spans decode.
         decode_mask: bool `[num_decodes, 1, 1, max_blocks * block_size]`, True where a decoding row may attend.
-        sample_rows: int64 `[S]`, rows whose next token is to be sampled.
     """
 
     token_ids: Tensor
@@ -46,7 +45,6 @@ class StepInputs:
     spans: tuple[SequenceSpan, ...]
     num_decodes: int
     decode_mask: Tensor
-    sample_rows: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,8 @@ def test_requests_keep_their_own_rows_of_a_shared_block():
     block = BlockRef(1, 1)
     for name, value in (("a", 1), ("b", 2)):
         cache.begin(name)
-        cache.append(name, 0, _rows(4, value))
-        cache.write_blocks([block], 0, _rows(4, value))
+        cache.append(name, 0, _rows(4, value), weights_version=0)
+        cache.write_blocks([block], 0, _rows(4, value), weights_version=0)
     assert (cache.take("a", 4).ids == 1).all()
     assert (cache.take("b", 4).ids == 2).all()
 
@@ -31,7 +31,10 @@ def test_requests_keep_their_own_rows_of_a_shared_block():
 def test_prefix_hit_takes_the_rows_of_its_blocks():
     cache = _cache()
     cache.write_blocks(
-        [BlockRef(2, 1), BlockRef(0, 1)], 0, np.arange(32, dtype=np.uint8).reshape(8, 2, 2)
+        [BlockRef(2, 1), BlockRef(0, 1)],
+        0,
+        np.arange(32, dtype=np.uint8).reshape(8, 2, 2),
+        weights_version=0,
     )
     cache.begin("hit", [BlockRef(2, 1), BlockRef(0, 1)])
     taken = cache.take("hit", 8)
@@ -42,7 +45,7 @@ def test_prefix_hit_takes_the_rows_of_its_blocks():
 @pytest.mark.parametrize(("epoch", "count"), [(2, 4), (1, 3)])
 def test_prefix_hit_refuses_rows_of_another_life_or_an_unfilled_block(epoch: int, count: int):
     cache = _cache()
-    cache.write_blocks([BlockRef(2, 1)], 0, _rows(count, 5))
+    cache.write_blocks([BlockRef(2, 1)], 0, _rows(count, 5), weights_version=0)
     with pytest.raises(
         CaptureError, match=rf"block 2 of epoch {epoch}.*{count} of 4 rows of epoch 1"
     ):
@@ -51,8 +54,8 @@ def test_prefix_hit_refuses_rows_of_another_life_or_an_unfilled_block(epoch: int
 
 def test_new_epoch_forgets_old_rows():
     cache = _cache()
-    cache.write_blocks([BlockRef(2, 1)], 0, _rows(4, 5))
-    cache.write_blocks([BlockRef(2, 2)], 0, _rows(1, 6))
+    cache.write_blocks([BlockRef(2, 1)], 0, _rows(4, 5), weights_version=0)
+    cache.write_blocks([BlockRef(2, 2)], 0, _rows(1, 6), weights_version=0)
     with pytest.raises(CaptureError, match="1 of 4 rows of epoch 2"):
         cache.begin("hit", [BlockRef(2, 2)])
 
@@ -60,7 +63,7 @@ def test_new_epoch_forgets_old_rows():
 def test_take_marks_rows_that_never_came():
     cache = _cache()
     cache.begin("a")
-    cache.append("a", 2, _rows(200, 3))
+    cache.append("a", 2, _rows(200, 3), weights_version=0)
     taken = cache.take("a", 205)
     assert np.flatnonzero(~taken.valid).tolist() == [0, 1, 202, 203, 204]
 

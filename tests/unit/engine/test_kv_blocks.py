@@ -25,14 +25,14 @@ def _request(
 
 
 def _compute(blocks: KVBlocks, request: Request) -> None:
-    assert blocks.allocate(request)
+    assert blocks.admit(request)
     before, request.num_computed = request.num_computed, request.num_prompt_tokens
     blocks.publish(request, before)
 
 
 def _hits(blocks: KVBlocks, request: Request) -> int:
-    assert blocks.allocate(request)
-    return request.num_cached
+    assert blocks.admit(request)
+    return request.num_computed
 
 
 def test_equal_prefix_is_reused_but_never_the_last_prompt_token():
@@ -79,7 +79,7 @@ def test_allocate_changes_nothing_when_there_is_no_room():
     first = _request("a", list(range(9)))
     _compute(blocks, first)
     blocks.free(first)
-    assert not blocks.allocate(_request("b", list(range(9)), max_tokens=8))
+    assert not blocks.admit(_request("b", list(range(13))))
     assert blocks.num_free == 3
     assert _hits(blocks, _request("c", list(range(9)))) == 8
 

@@ -11,6 +11,8 @@ from _support.tiny_models import VOCAB_SIZE, TinyShape, save_tiny_model
 from routing_replay import LLM, SamplingParams
 from routing_replay.assets import tiny_moe_path
 from routing_replay.engine import EngineConfig
+from routing_replay.engine.runner import StepResult
+from routing_replay.engine.scheduler import Schedule
 from routing_replay.errors import ConfigError, UnsupportedModelError
 
 SHAPE = TinyShape(num_experts=8, top_k=2, num_layers=2)
@@ -113,11 +115,11 @@ def test_one_setting_for_each_prompt(llm: LLM):
 def test_interrupted_generate_frees_everything(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     run, calls = llm.core.runner.run, []
 
-    def interrupt(parts: object) -> object:
-        calls.append(parts)
+    def interrupt(schedule: Schedule, *, weights_version: int) -> StepResult:
+        calls.append(schedule)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return run(parts)  # pyright: ignore[reportArgumentType]
+        return run(schedule, weights_version=weights_version)
 
     monkeypatch.setattr(llm.core.runner, "run", interrupt)
     with pytest.raises(KeyboardInterrupt):

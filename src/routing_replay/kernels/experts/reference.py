@@ -10,6 +10,7 @@ from routing_replay.kernels.experts.activation import (
     SwigluParameters,
     apply_activation,
 )
+from routing_replay.kernels.linear import linear
 
 __all__ = ["ExpertWeights", "combine_reference", "experts_reference"]
 
@@ -22,7 +23,8 @@ class ExpertWeights:
     """The weights of the experts on this rank, plain row-major.
 
     Attributes:
-        gemm1_weights: `[E_local, 2I, H]` (rows `[gate; up]`), or `[E_local, I, H]` for activations without a gate.
+        gemm1_weights: `[E_local, 2I, H]` (rows `[gate; up]`), or `[E_local, I, H]` for activations without a gate; in
+            the dtype of the rows, or float32.
         gemm2_weights: `[E_local, H, I]`.
         gemm1_bias: `[E_local, 2I]` (or `I`) or None.
         gemm2_bias: `[E_local, H]` or None.
@@ -34,18 +36,31 @@ class ExpertWeights:
     gemm2_bias: Tensor | None = None
 
 
-def _grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
-    """Multiply rows `[group_ends[e-1], group_ends[e])` of `x` `[rows, in]` by `weight[e]^T`; weight `[E, out, in]`."""
+def _can_group(x: Tensor, weight: Tensor) -> bool:
     row_bytes = (x.shape[1] * x.element_size(), weight.shape[1] * weight.element_size())
-    if all(count % _GROUPED_GEMM_ALIGNMENT_BYTES == 0 for count in row_bytes):
+    is_aligned = all(count % _GROUPED_GEMM_ALIGNMENT_BYTES == 0 for count in row_bytes)
+    return x.is_cuda and x.dtype is weight.dtype and is_aligned
+
+
+def _grouped_linear(
+    x: Tensor, weight: Tensor, group_ends: Tensor, *, batch_invariant: bool
+) -> Tensor:
+    """Multiply rows `[group_ends[e-1], group_ends[e])` of `x` `[rows, in]` by `weight[e]^T`; weight `[E, out, in]`."""
+    if _can_group(x, weight) and not batch_invariant:
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=group_ends)
-    out = x.new_empty(x.shape[0], weight.shape[1])
+    groups: list[Tensor] = []
+    rows = x.to(weight.dtype)
     start = 0
     for expert_idx, end in enumerate(group_ends.tolist()):
-        if end > start:
-            out[start:end] = x[start:end] @ weight[expert_idx].t()
+        if end == start:
+            continue
+        if batch_invariant:
+            groups.append(linear(rows[start:end], weight[expert_idx], batch_invariant=True))
+        else:
+            # With few rows, a CPU streams the weight faster as the left factor: 1.2x on one thread, 1.9x on two.
+            groups.append((weight[expert_idx] @ rows[start:end].t()).t())
         start = end
-    return out
+    return torch.cat(groups).to(x.dtype)
 
 
 def experts_reference(
@@ -54,6 +69,8 @@ def experts_reference(
     weights: ExpertWeights,
     activation: ActivationType,
     parameters: SwigluParameters,
+    *,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run every (token, expert) pair through its expert, grouped by expert.
 
@@ -65,6 +82,7 @@ def experts_reference(
         weights: Weights of the `E_local` experts.
         activation: Function between the GEMMs.
         parameters: Per-expert parameters of Swiglu.
+        batch_invariant: Make a row's bits independent of the other rows; see `kernels.linear`.
 
     Returns:
         `gemm2_output` `[rows, H]`, rows sorted by expert and, inside an expert, by token; and
@@ -89,11 +107,11 @@ def experts_reference(
     if num_rows == 0:
         return rows, expanded_to_permuted
 
-    x = _grouped_linear(rows, weights.gemm1_weights, group_ends)
+    x = _grouped_linear(rows, weights.gemm1_weights, group_ends, batch_invariant=batch_invariant)
     if weights.gemm1_bias is not None:
         x = x + weights.gemm1_bias[expert_idx].to(x.dtype)
     x = apply_activation(x, activation, parameters, expert_idx).to(hidden_states.dtype)
-    x = _grouped_linear(x, weights.gemm2_weights, group_ends)
+    x = _grouped_linear(x, weights.gemm2_weights, group_ends, batch_invariant=batch_invariant)
     if weights.gemm2_bias is not None:
         x = x + weights.gemm2_bias[expert_idx].to(x.dtype)
     return x, expanded_to_permuted

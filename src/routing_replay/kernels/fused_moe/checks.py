@@ -184,9 +184,9 @@ def check_moe_arguments(
         ("gemm1_weights", "gemm2_weights"), weights, expected, strict=True
     ):
         _check_tensor(name, tensor, size, hidden_states)
-        if tensor.dtype is not hidden_states.dtype:
+        if tensor.dtype not in (hidden_states.dtype, torch.float32):
             raise ConfigError(
-                f"{name} is {tensor.dtype}, hidden_states {hidden_states.dtype}; use one dtype"
+                f"{name} is {tensor.dtype}, hidden_states {hidden_states.dtype}; use one dtype, or float32 weights"
             )
     for name, (tensor, width) in per_expert.items():
         size = (shape.local_num_experts, width) if width else (shape.local_num_experts,)

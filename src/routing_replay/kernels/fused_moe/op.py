@@ -41,6 +41,7 @@ def _unfinalized_op(
     gemm1_bias: Tensor | None,
     gemm2_bias: Tensor | None,
     backend: str,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert backend == Backend.REFERENCE, backend
     return moe_reference(
@@ -58,6 +59,7 @@ def _unfinalized_op(
             method=RoutingMethodType(routing_method_type),
             activation=ActivationType(activation_type),
             local_expert_offset=local_expert_offset,
+            batch_invariant=batch_invariant,
         ),
         routing_replay_out=routing_replay_out,
         routing_replay_in=routing_replay_in,
@@ -102,6 +104,7 @@ def _moe_op(
     gemm1_bias: Tensor | None,
     gemm2_bias: Tensor | None,
     backend: str,
+    batch_invariant: bool,
 ) -> None:
     gemm2_output, topk_weights, permuted = _unfinalized_op(
         routing_logits,
@@ -120,6 +123,7 @@ def _moe_op(
         gemm1_bias,
         gemm2_bias,
         backend,
+        batch_invariant,
     )
     output.copy_(combine_reference(gemm2_output, topk_weights, permuted))
 
@@ -157,6 +161,7 @@ def bf16_moe(
     gemm1_bias: Tensor | None = None,
     gemm2_bias: Tensor | None = None,
     backend: str = Backend.AUTO,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Route tokens, run their experts, and sum: a mixture-of-experts layer without its router GEMM.
 
@@ -168,8 +173,9 @@ def bf16_moe(
         routing_logits: `[T, E]` bfloat16 or float32.
         routing_bias: Selection bias `[E]`; the methods available now take none.
         hidden_states: `[T, H]` bfloat16 or float32.
-        gemm1_weights: `[E_local, 2I, H]`, rows `[gate; up]` (`[E_local, I, H]` without a gate), dtype of `hidden_states`.
-        gemm2_weights: `[E_local, H, I]`, dtype of `hidden_states`.
+        gemm1_weights: `[E_local, 2I, H]`, rows `[gate; up]` (`[E_local, I, H]` without a gate), in the dtype of
+            `hidden_states`, or float32 beside bfloat16 rows (same rounding; faster on a CPU without bfloat16).
+        gemm2_weights: `[E_local, H, I]`, dtype of `gemm1_weights`.
         num_experts: E, experts of the model on all ranks.
         top_k: K, experts per token.
         n_group: Number of expert groups; None for the methods available now.
@@ -194,6 +200,7 @@ def bf16_moe(
         gemm1_bias: `[E_local, 2I]` (or `I`), or None.
         gemm2_bias: `[E_local, H]`, or None.
         backend: A `Backend`.
+        batch_invariant: Make the bits of a row independent of the rows beside it (fixed row blocks; slower).
 
     Returns:
         `[T, H]` in the dtype of `hidden_states` (a partial sum where `E_local < E`). With `do_finalize=False`:
@@ -253,6 +260,7 @@ def bf16_moe(
         gemm1_bias,
         gemm2_bias,
         str(choose_backend(backend)),
+        batch_invariant,
     )
     if not do_finalize:
         return _unfinalized_op(*arguments)

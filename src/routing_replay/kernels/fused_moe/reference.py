@@ -25,12 +25,14 @@ class MoEOptions:
         method: Routing method.
         activation: Activation between the GEMMs.
         local_expert_offset: First expert on this rank.
+        batch_invariant: Make a row's bits independent of the other rows.
     """
 
     top_k: int
     method: RoutingMethodType
     activation: ActivationType
     local_expert_offset: int
+    batch_invariant: bool = False
 
 
 def _local_ids(topk_ids: Tensor, num_experts: int, offset: int, num_local: int) -> Tensor:
@@ -77,6 +79,11 @@ def moe_reference(
         topk_ids, num_experts, options.local_expert_offset, weights.gemm1_weights.shape[0]
     )
     gemm2_output, permuted = experts_reference(
-        hidden_states, local_ids, weights, options.activation, parameters
+        hidden_states,
+        local_ids,
+        weights,
+        options.activation,
+        parameters,
+        batch_invariant=options.batch_invariant,
     )
     return gemm2_output, topk_weights, permuted

@@ -1,0 +1,40 @@
+"""`linear`: rows times a weight, with float32 sums, and on request with bits that do not depend on the batch."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["ROW_BLOCK", "linear"]
+
+ROW_BLOCK = 16
+"""Rows of every GEMM of a batch-invariant product."""
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, batch_invariant: bool = False
+) -> Tensor:
+    """Multiply rows by a weight and round once.
+
+    A weight in float32 beside rows in bfloat16 is what a CPU without bfloat16 instructions computes fastest; where
+    its values are bfloat16 ones, the result is that of a bfloat16 GEMM with float32 sums.
+
+    Args:
+        x: `[T, in]`, bfloat16 or float32.
+        weight: `[out, in]`, dtype of `x` or float32.
+        bias: `[out]`, dtype of `weight`, or None.
+        batch_invariant: Multiply `ROW_BLOCK` rows at a time, the last block padded with zeros, so that a row always
+            meets a GEMM of the same shape. Its bits then depend on its own values alone, as far as that GEMM
+            computes all of its rows alike, which the engine checks at its start.
+
+    Returns:
+        `[T, out]` in the dtype of `x`.
+
+    Runtime: no host sync; allocates O(T*(in+out)); CUDA-graph safe; bitwise deterministic for one shape, and with
+        `batch_invariant` for one row; differentiable.
+    """
+    rows = x.to(weight.dtype)
+    if not batch_invariant:
+        return torch.nn.functional.linear(rows, weight, bias).to(x.dtype)
+    num_rows = rows.shape[0]
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, -num_rows % ROW_BLOCK))
+    blocks = [torch.nn.functional.linear(block, weight, bias) for block in rows.split(ROW_BLOCK)]
+    return torch.cat(blocks)[:num_rows].to(x.dtype)
