@@ -1,6 +1,6 @@
 """The engine's core: requests in, steps, finished requests out; shared by everything that serves."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -145,34 +145,23 @@ class EngineCore:
             requests.append(child)
         return requests
 
-    def run(
-        self,
-        requests: Sequence[Request],
-        on_finish: Callable[[FinishedRequest], object] | None = None,
-    ) -> dict[str, FinishedRequest]:
+    def run(self, requests: Sequence[Request]) -> Generator[FinishedRequest, None, None]:
         """Run requests to their end.
 
         Args:
             requests: Made by `make_requests`.
-            on_finish: Called with each request as it ends.
 
-        Returns:
-            The finished requests by id.
+        Yields:
+            Each request as it ends. Whatever ends the iteration early, no block and no row stays behind.
         """
         for request in requests:
             self.scheduler.add(request)
-        finished: dict[str, FinishedRequest] = {}
         try:
             while self.scheduler.has_work:
-                for item in self.step():
-                    finished[item.request.request_id] = item
-                    if on_finish is not None:
-                        on_finish(item)
+                yield from self.step()
         finally:
-            # Whatever ends the loop early, no block and no row stays behind.
             for request in self.scheduler.clear():
                 self._forget(request)
-        return finished
 
     def step(self) -> list[FinishedRequest]:
         """Run one step.

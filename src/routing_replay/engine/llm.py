@@ -1,6 +1,7 @@
 """`LLM`: offline generation, under vLLM's names."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -99,6 +100,39 @@ class LLM:
 
         Runtime: synchronous; safe against interruption: blocks and rows of dropped requests are freed.
         """
+        results: dict[int, RequestOutput] = {}
+        items = _as_prompts(prompts)
+        finished = self.generate_each(
+            items, sampling_params, replay=replay, on_missing=on_missing, use_tqdm=use_tqdm
+        )
+        results.update(finished)
+        return [results[index] for index in range(len(items))]
+
+    def generate_each(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        replay: RoutingTrace | Sequence[RoutingTrace | None] | None = None,
+        on_missing: str = "error",
+        use_tqdm: bool = True,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Generate as `generate` does, and hand out each prompt's output as soon as it is there.
+
+        Args:
+            prompts: As for `generate`.
+            sampling_params: As for `generate`.
+            replay: As for `generate`.
+            on_missing: As for `generate`.
+            use_tqdm: Show progress on a terminal.
+
+        Yields:
+            The position of a prompt, and its output. Closing the iterator drops the requests that still run.
+
+        Raises:
+            ConfigError: As `generate`, when the first output is asked for.
+            TraceMismatchError: As `generate`.
+        """
         items = _as_prompts(prompts)
         params = _one_each(
             "sampling_params", sampling_params or SamplingParams(), SamplingParams, items
@@ -114,14 +148,20 @@ class LLM:
                 )
             )
         requests = [request for group in groups for request in group]
+        owner = {r.request_id: index for index, group in enumerate(groups) for r in group}
+        ended: list[dict[int, FinishedRequest]] = [{} for _ in groups]
         # On anything but a terminal (disable=None) the bar stays away.
-        with tqdm(
-            total=len(requests), unit="request", disable=None if use_tqdm else True
-        ) as progress:
-            finished = self.core.run(requests, lambda _: progress.update())
-        return [
-            self._output([finished[request.request_id] for request in group]) for group in groups
-        ]
+        with (
+            tqdm(total=len(requests), unit="request", disable=None if use_tqdm else True) as bar,
+            closing(self.core.run(requests)) as running,
+        ):
+            for finished in running:
+                bar.update()
+                index = owner[finished.request.request_id]
+                ended[index][finished.request.index] = finished
+                if len(ended[index]) == len(groups[index]):
+                    group = [ended[index][position] for position in range(len(groups[index]))]
+                    yield index, self._output(group)
 
     def chat(
         self,
