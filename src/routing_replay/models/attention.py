@@ -47,8 +47,9 @@ def attend(
 def _attend_decodes(query: Tensor, kv_cache: Tensor, step: StepInputs) -> Tensor:
     """One query row per sequence `[B, heads, D]` against its padded context; the mask hides the padding."""
     tables = step.block_tables[: step.num_decodes]
-    key = kv_cache[0][tables].flatten(1, 2).transpose(1, 2)  # [B, kv_heads, S, D]
-    value = kv_cache[1][tables].flatten(1, 2).transpose(1, 2)
+    # index_select copies whole blocks, several times faster than indexing with a table.
+    used = kv_cache.index_select(1, tables.flatten()).unflatten(1, tables.shape)
+    key, value = used.flatten(2, 3).transpose(2, 3)  # [B, kv_heads, S, D] each
     out = nn.functional.scaled_dot_product_attention(
         query.unsqueeze(2), key, value, attn_mask=step.decode_mask, enable_gqa=True
     )

