@@ -109,7 +109,12 @@ def drop_key(key: str) -> Callable[[Header], object]:
 LIES = {
     "unknown key": (set_value("extra", 1), r"unknown keys \[\"extra\"\]"),
     "missing key": (drop_key("ordered"), r"lacks the keys \['ordered'\]"),
-    "unknown codec": (set_value("codec", "packed"), 'codec = "packed" is not known'),
+    "unknown codec": (set_value("codec", "zip"), 'codec = "zip" is not known'),
+    "other codec": (
+        lambda header: header.update(codec="packed", ordered=False),
+        "takes 4 bytes in codec packed",
+    ),
+    "ordered sets": (set_value("codec", "packed"), r"header\.ordered is true, but codec packed"),
     "codec type": (set_value("codec", 1), r"header\.codec is 1; it must be a string"),
     "bool as int": (set_value("start", True), r"header\.start is true"),
     "float as int": (set_value("top_k", 2.0), r"number 2\.0 is not an integer"),

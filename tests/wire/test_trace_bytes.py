@@ -63,10 +63,18 @@ def test_golden_files_are_read_and_written_byte_for_byte(name: str, trace: Routi
     assert load_trace(GOLDEN / name).equals(trace)
 
 
-def test_format_page_shows_the_bytes_of_the_golden_file():
+def test_format_page_shows_the_bytes_of_the_golden_files():
     page = FORMAT_PAGE.read_text(encoding="utf-8")
-    lines = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} )+)", page, flags=re.MULTILINE)
-    assert bytes.fromhex("".join(lines)) == (GOLDEN / "v1_raw.rrt").read_bytes()
+    whole, payload = (
+        bytes.fromhex(
+            "".join(re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+)", block, re.MULTILINE))
+        )
+        for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    )
+    assert whole == (GOLDEN / "v1_raw.rrt").read_bytes()
+    packed = (GOLDEN / "v1_packed.rrt").read_bytes()
+    assert payload == packed[0x1C8:]
+    assert len(payload) < len(whole) - 0x1C8
 
 
 def test_encode_trace_refuses_what_no_reader_would_accept():

@@ -6,16 +6,32 @@ format is specified in `docs/trace_format.md`.
 
 from routing_replay.trace._digest import token_digests
 from routing_replay.trace._dtype import trace_id_dtype
+from routing_replay.trace._export import EXPORT_FORMATS, ExportFormat
 from routing_replay.trace._file import load_trace, save_trace
+from routing_replay.trace._rollout import (
+    RolloutReader,
+    RolloutSample,
+    RolloutWriter,
+    is_rollout,
+)
+from routing_replay.trace._store import TraceStoreReader, TraceStoreWriter
 from routing_replay.trace._tensors import TraceTensors
 from routing_replay.trace._trace import RoutingTrace
 from routing_replay.trace._wire import decode_trace, encode_trace
 
 __all__ = [
+    "EXPORT_FORMATS",
+    "ExportFormat",
+    "RolloutReader",
+    "RolloutSample",
+    "RolloutWriter",
     "RoutingTrace",
+    "TraceStoreReader",
+    "TraceStoreWriter",
     "TraceTensors",
     "decode_trace",
     "encode_trace",
+    "is_rollout",
     "load_trace",
     "save_trace",
     "token_digests",

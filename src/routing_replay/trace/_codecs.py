@@ -6,13 +6,20 @@ codec added later leaves files of the others, and their readers, as they are.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from types import ModuleType
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from routing_replay.errors import TraceFormatError
+from routing_replay.errors import IntegrationError, TraceFormatError
+from routing_replay.trace._bits import pack_fields, unpack_fields
 from routing_replay.trace._json import describe
+from routing_replay.trace._set_code import SetCode, set_code
+
+# So many sets are ranked at once that their columns stay in the cache; a multiple of 8, so that bytes are not shared.
+_FIELDS_AT_ONCE = 1 << 14
+_ZSTD_LEVEL = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +52,16 @@ class PayloadCodec(Protocol):
         """The codec's name in the header."""
         ...
 
-    def check_nbytes(self, spec: SectionSpec, nbytes: int) -> None:
-        """Refuse a stored size that `spec` cannot have, before anything is allocated.
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the order of a row's ids survives."""
+        ...
+
+    def stored_nbytes(self, spec: SectionSpec) -> int | None:
+        """Return the stored bytes of an array that fits `spec`, or None where they depend on its content.
 
         Raises:
-            TraceFormatError: The size is impossible.
+            TraceFormatError: The codec cannot store such an array.
         """
         ...
 
@@ -70,14 +82,11 @@ class RawCodec:
     """Stores arrays as their little-endian bytes in C order."""
 
     name = "raw"
+    keeps_order = True
 
-    def check_nbytes(self, spec: SectionSpec, nbytes: int) -> None:
-        """Accept exactly the bytes of the array."""
-        if nbytes != spec.nbytes:
-            raise TraceFormatError(
-                f"section {spec.name} has nbytes = {nbytes} but {spec.dtype.name}"
-                f" {list(spec.shape)} takes {spec.nbytes} bytes in codec raw"
-            )
+    def stored_nbytes(self, spec: SectionSpec) -> int | None:
+        """Return exactly the bytes of the array."""
+        return spec.nbytes
 
     def encode(self, spec: SectionSpec, array: npt.NDArray[np.generic]) -> bytes:
         """Copy the array's bytes."""
@@ -88,6 +97,143 @@ class RawCodec:
         if spec.dtype.kind == "b":
             _check_bools(spec, np.frombuffer(data, dtype=np.uint8))
         return np.frombuffer(data, dtype=spec.dtype).reshape(spec.shape)
+
+
+class PackedCodec:
+    """Stores the ids of a row and layer as a set, in about log2 C(E, K) bits, and `valid` as bits; the rest raw."""
+
+    name = "packed"
+    keeps_order = False
+
+    def stored_nbytes(self, spec: SectionSpec) -> int | None:
+        """Return the bytes of the fields."""
+        if spec.name == "ids":
+            num_fields = math.prod(spec.shape[:-1])
+            return -(-num_fields * self._code(spec).width // 8)
+        if spec.name == "valid":
+            return -(-spec.shape[0] // 8)
+        return spec.nbytes
+
+    def encode(self, spec: SectionSpec, array: npt.NDArray[np.generic]) -> bytes:
+        """Rank the sets, a few thousand at a time, and write the ranks as fields of bits."""
+        if spec.name == "valid":
+            return np.packbits(array.view(np.uint8), bitorder="little").tobytes()
+        if spec.name != "ids":
+            return RawCodec().encode(spec, array)
+        code = self._code(spec)
+        columns = array.reshape(-1, code.top_k)
+        chunks: list[bytes] = []
+        for start in range(0, len(columns), _FIELDS_AT_ONCE):
+            chunk = np.ascontiguousarray(columns[start : start + _FIELDS_AT_ONCE].T)
+            ranks = code.rank(cast("npt.NDArray[np.integer]", chunk))
+            chunks.append(pack_fields(ranks, code.width).tobytes())
+        return b"".join(chunks)
+
+    def decode(self, spec: SectionSpec, data: memoryview) -> npt.NDArray[np.generic]:
+        """Read the fields, refusing ranks that are no set's and last bits that are not zero."""
+        if spec.name not in ("ids", "valid"):
+            return RawCodec().decode(spec, data)
+        octets = np.frombuffer(data, dtype=np.uint8)
+        if spec.name == "valid":
+            _check_last_bits(spec, octets, spec.shape[0])
+            return np.unpackbits(octets, count=spec.shape[0], bitorder="little").view(np.bool_)
+        code = self._code(spec)
+        num_fields = math.prod(spec.shape[:-1])
+        _check_last_bits(spec, octets, num_fields * code.width)
+        ids = np.empty((num_fields, code.top_k), spec.dtype)
+        for start in range(0, num_fields, _FIELDS_AT_ONCE):
+            count = min(_FIELDS_AT_ONCE, num_fields - start)
+            first = start * code.width // 8  # whole bytes: _FIELDS_AT_ONCE is a multiple of 8
+            ranks = unpack_fields(octets[first:], count, code.width, code.num_limbs)
+            bad = code.first_too_large(ranks)
+            if bad is not None:
+                row, slot = divmod(start + bad, spec.shape[1])
+                raise TraceFormatError(
+                    f"section ids: the set of row {row}, layer slot {slot} has a rank that is not below "
+                    f"C({code.num_experts}, {code.top_k}); the file is damaged"
+                )
+            ids[start : start + count] = code.unrank(ranks).T
+        return ids.reshape(spec.shape)
+
+    @staticmethod
+    def _code(spec: SectionSpec) -> SetCode:
+        return set_code(spec.num_experts, spec.shape[-1])
+
+
+class ZstdCodec:
+    """Compresses what another codec stores, each section as one zstd frame.
+
+    Args:
+        inner: The other codec.
+    """
+
+    def __init__(self, inner: PayloadCodec) -> None:
+        self._inner = inner
+
+    @property
+    def name(self) -> str:
+        """The inner codec's name and `+zstd`."""
+        return f"{self._inner.name}+zstd"
+
+    @property
+    def keeps_order(self) -> bool:
+        """As the inner codec."""
+        return self._inner.keeps_order
+
+    def stored_nbytes(self, spec: SectionSpec) -> int | None:
+        """Return None: it depends on the content."""
+        self._inner.stored_nbytes(spec)
+        return None
+
+    def encode(self, spec: SectionSpec, array: npt.NDArray[np.generic]) -> bytes:
+        """Compress in one frame that names its size."""
+        zstandard = _zstandard()
+        return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(self._inner.encode(spec, array))
+
+    def decode(self, spec: SectionSpec, data: memoryview) -> npt.NDArray[np.generic]:
+        """Decompress, once the frame is known to hold exactly what the header demands."""
+        zstandard = _zstandard()
+        wanted = self._inner.stored_nbytes(spec)
+        assert wanted is not None
+        try:
+            found = zstandard.frame_content_size(data)
+            if found != wanted:
+                raise TraceFormatError(
+                    f"section {spec.name}: its zstd frame holds {found} bytes; the header demands {wanted}"
+                )
+            plain = zstandard.ZstdDecompressor().decompress(
+                data, max_output_size=wanted, allow_extra_data=False
+            )
+        except zstandard.ZstdError as err:
+            raise TraceFormatError(
+                f"section {spec.name} is not one zstd frame ({err}); the file is damaged"
+            ) from err
+        if len(plain) != wanted:
+            raise TraceFormatError(
+                f"section {spec.name}: its zstd frame gave {len(plain)} bytes; the header demands {wanted}"
+            )
+        return self._inner.decode(spec, memoryview(plain))
+
+
+def _zstandard() -> ModuleType:
+    """The compressor, which the numpy-only core does not install."""
+    try:
+        import zstandard
+    except ModuleNotFoundError as err:
+        raise IntegrationError(
+            "codecs with zstd need the package zstandard, which is missing: pip install zstandard"
+        ) from err
+    return zstandard
+
+
+def _check_last_bits(spec: SectionSpec, octets: npt.NDArray[np.uint8], num_bits: int) -> None:
+    """Refuse bits behind the last field that are not zero."""
+    used = num_bits % 8
+    if used and int(octets[-1]) >> used:
+        raise TraceFormatError(
+            f"section {spec.name}: the last byte is {int(octets[-1]):#04x}, but only its lowest {used} bits are used; "
+            "the file is damaged"
+        )
 
 
 def _check_bools(spec: SectionSpec, stored: npt.NDArray[np.uint8]) -> None:
@@ -102,14 +248,22 @@ def _check_bools(spec: SectionSpec, stored: npt.NDArray[np.uint8]) -> None:
 
 
 def codec_by_name(name: str) -> PayloadCodec:
-    """Return the codec that a header names.
+    """Return the codec that a header or a caller names.
 
     Raises:
         TraceFormatError: This version of the library does not know the codec.
     """
-    if name == RawCodec.name:
-        return RawCodec()
+    codecs: tuple[PayloadCodec, ...] = (
+        RawCodec(),
+        PackedCodec(),
+        ZstdCodec(RawCodec()),
+        ZstdCodec(PackedCodec()),
+    )
+    for codec in codecs:
+        if codec.name == name:
+            return codec
     raise TraceFormatError(
-        f"codec = {describe(name)} is not known; this version reads {RawCodec.name!r}; write the trace with"
-        f" that codec, or read it with a newer routing-replay"
+        f"codec = {describe(name)} is not known; this version knows "
+        f"{', '.join(repr(codec.name) for codec in codecs)}; write the trace with one of them, or read it with a newer "
+        "routing-replay"
     )

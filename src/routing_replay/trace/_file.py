@@ -9,7 +9,7 @@ from routing_replay.trace._trace import RoutingTrace
 from routing_replay.trace._wire import decode_trace, encode_trace
 
 
-def save_trace(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
+def save_trace(trace: RoutingTrace, path: str | os.PathLike[str], *, codec: str = "raw") -> None:
     """Write a trace to a file, replacing what was there in one step.
 
     The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name
@@ -18,12 +18,13 @@ def save_trace(trace: RoutingTrace, path: str | os.PathLike[str]) -> None:
     Args:
         trace: A trace with valid content.
         path: The file, customarily `*.rrt`; its folder must exist.
+        codec: As for `encode_trace`.
 
     Raises:
         TraceFormatError: The content is not valid; nothing is written.
         OSError: The file system refuses; the old file, if any, is as it was.
     """
-    data = encode_trace(trace)
+    data = encode_trace(trace, codec=codec)
     target = Path(path)
     temporary = target.with_name(f".rrt-{secrets.token_hex(8)}.tmp")
     try:

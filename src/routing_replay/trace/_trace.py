@@ -289,6 +289,23 @@ class RoutingTrace:
             weights=None if self.weights is None else self.weights[first:last],
         )
 
+    def as_sets(self) -> "RoutingTrace":
+        """Sort the ids of every row and layer, weights with them, and say so by `ordered=False`.
+
+        Returns:
+            A trace that forgets the router's rank order, as codec `packed` does; an equal one where ids ascend and
+            `ordered` is False already.
+        """
+        if self.weights is None:
+            return dataclasses.replace(self, ids=np.sort(self.ids, axis=-1), ordered=False)
+        order = np.argsort(self.ids, axis=-1, kind="stable")
+        return dataclasses.replace(
+            self,
+            ids=np.take_along_axis(self.ids, order, axis=-1),
+            weights=np.take_along_axis(self.weights, order, axis=-1),
+            ordered=False,
+        )
+
     def to_torch(self, device: "torch.device | str | int | None" = None) -> TraceTensors:
         """Copy ids and mask into torch tensors.
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from routing_replay.errors import TraceFormatError
-from routing_replay.trace._codecs import PayloadCodec, RawCodec, SectionSpec, codec_by_name
+from routing_replay.trace._codecs import PayloadCodec, SectionSpec, codec_by_name
 from routing_replay.trace._dtype import (
     DigestArray,
     IdArray,
@@ -19,24 +19,36 @@ from routing_replay.trace._header import Header, Section, decode_header, encode_
 from routing_replay.trace._json import describe
 from routing_replay.trace._trace import RoutingTrace
 
+MAX_DECODED_BYTES = 1 << 30
+"""1 GiB: a million tokens of 94 layers, top 8 of 128 experts, take 0.75."""
+
 _WEIGHT_DTYPES = ("float16", "float32")
 
 
-def encode_trace(trace: RoutingTrace) -> bytes:
-    """Encode a trace, the same trace always to the same bytes.
+def encode_trace(trace: RoutingTrace, *, codec: str = "raw") -> bytes:
+    """Encode a trace, the same trace always to the same bytes (with zstd: by the same version of it).
 
     Args:
         trace: A trace with valid content.
+        codec: `"raw"`; `"packed"`, which stores a row's experts as a set in about log2 C(E, K) bits: ids then come
+            back ascending, and the trace says `ordered=False`; or either with `"+zstd"`, as in `"raw+zstd"`.
 
     Returns:
         The bytes of the file.
 
     Raises:
         TraceFormatError: The content is not valid (see `RoutingTrace.validate`), so that no reader
-            would accept the bytes.
+            would accept the bytes; or the codec is not known, or cannot store so many experts.
+        IntegrationError: The codec needs the package zstandard, which is missing.
     """
     trace.validate()
-    codec = RawCodec()
+    return _encode(trace, codec_by_name(codec))
+
+
+def _encode(trace: RoutingTrace, codec: PayloadCodec) -> bytes:
+    """Encode a trace that is valid."""
+    if not codec.keeps_order:
+        trace = trace.as_sets()
     arrays: list[npt.NDArray[np.generic]] = [trace.ids, trace.valid, trace.token_digest]
     if trace.weights is not None:
         arrays.append(trace.weights)
@@ -67,27 +79,37 @@ def encode_trace(trace: RoutingTrace) -> bytes:
     return b"".join(chunks)
 
 
-def decode_trace(data: bytes | bytearray | memoryview) -> RoutingTrace:
+def decode_trace(
+    data: bytes | bytearray | memoryview, *, max_decoded_bytes: int = MAX_DECODED_BYTES
+) -> RoutingTrace:
     """Decode a trace and check everything about it that can be checked without its tokens.
 
-    Runs no code from the input, and allocates no more than a small multiple of its size.
+    Runs no code from the input. Sizes are checked before anything is allocated for them.
 
     Args:
         data: The bytes of the file, all of them.
+        max_decoded_bytes: Most bytes that the arrays of the trace may take; a compressed file can be much smaller than
+            what it holds.
 
     Returns:
         The trace, which shares no memory with `data`.
 
     Raises:
-        TraceFormatError: The bytes are truncated, altered, of an unknown version or codec, or
+        TraceFormatError: The bytes are truncated, altered, of an unknown version or codec, too large once decoded, or
             describe something that is not a valid trace.
+        IntegrationError: The codec needs the package zstandard, which is missing.
     """
     view = memoryview(data).cast("B")
     header, payload_at = decode_header(view)
     payload = view[payload_at:]
     codec = codec_by_name(header.codec)
+    if header.ordered and not codec.keeps_order:
+        raise TraceFormatError(
+            f"header.ordered is true, but codec {codec.name} keeps no order; it must be false"
+        )
     specs = _expected_specs(header)
     _check_sections(header.sections, specs, codec=codec, payload_nbytes=len(payload))
+    _check_decoded_bytes(specs, max_decoded_bytes)
     arrays: list[npt.NDArray[np.generic]] = []
     end = 0
     for section, spec in zip(header.sections, specs, strict=True):
@@ -185,7 +207,12 @@ def _check_sections(
                 f" {describe(section.shape)}; the header's layout demands {spec.dtype.name}"
                 f" {list(spec.shape)}"
             )
-        codec.check_nbytes(spec, section.nbytes)
+        stored = codec.stored_nbytes(spec)
+        if stored not in (None, section.nbytes):
+            raise TraceFormatError(
+                f"section {spec.name} has nbytes = {section.nbytes} but {spec.dtype.name}"
+                f" {list(spec.shape)} takes {stored} bytes in codec {codec.name}"
+            )
         if section.offset != offset:
             raise TraceFormatError(
                 f"section {section.name} has offset {section.offset}; it must be {offset}, the next"
@@ -197,6 +224,16 @@ def _check_sections(
         raise TraceFormatError(
             f"payload has {payload_nbytes} bytes but its sections end at {end}; the file is"
             f" truncated or has trailing bytes"
+        )
+
+
+def _check_decoded_bytes(specs: tuple[SectionSpec, ...], limit: int) -> None:
+    """Refuse a trace that is larger than the caller expects, before anything is allocated."""
+    total = sum(spec.nbytes for spec in specs)
+    if total > limit:
+        raise TraceFormatError(
+            f"the trace takes {total} bytes once decoded, more than max_decoded_bytes = {limit}; if it is meant to be so"
+            " large, pass a larger limit"
         )
 
 

@@ -21,7 +21,10 @@ from routing_replay.kernels.routing import RoutingMethodType
 __all__ = ["bf16_moe"]
 
 
-def _run_backend(
+@torch.library.custom_op(
+    "routing_replay::bf16_moe_unfinalized", mutates_args=("routing_replay_out",)
+)
+def _unfinalized_op(
     routing_logits: Tensor,
     hidden_states: Tensor,
     gemm1_weights: Tensor,
@@ -61,11 +64,6 @@ def _run_backend(
         routing_replay_out=routing_replay_out,
         routing_replay_in=routing_replay_in,
     )
-
-
-_unfinalized_op = torch.library.custom_op(
-    "routing_replay::bf16_moe_unfinalized", _run_backend, mutates_args=("routing_replay_out",)
-)
 
 
 @_unfinalized_op.register_fake
@@ -108,7 +106,7 @@ def _moe_op(
     backend: str,
     batch_invariant: bool,
 ) -> None:
-    gemm2_output, topk_weights, permuted = _run_backend(
+    gemm2_output, topk_weights, permuted = _unfinalized_op(
         routing_logits,
         hidden_states,
         gemm1_weights,
