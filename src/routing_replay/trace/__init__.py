@@ -8,6 +8,7 @@ from routing_replay.trace._digest import token_digests
 from routing_replay.trace._dtype import trace_id_dtype
 from routing_replay.trace._export import EXPORT_FORMATS, ExportFormat
 from routing_replay.trace._file import load_trace, save_trace
+from routing_replay.trace._pack import PackedSequence, PackedTraces, pack_traces
 from routing_replay.trace._rollout import (
     RolloutReader,
     RolloutSample,
@@ -22,6 +23,8 @@ from routing_replay.trace._wire import decode_trace, encode_trace
 __all__ = [
     "EXPORT_FORMATS",
     "ExportFormat",
+    "PackedSequence",
+    "PackedTraces",
     "RolloutReader",
     "RolloutSample",
     "RolloutWriter",
@@ -33,6 +36,7 @@ __all__ = [
     "encode_trace",
     "is_rollout",
     "load_trace",
+    "pack_traces",
     "save_trace",
     "token_digests",
     "trace_id_dtype",

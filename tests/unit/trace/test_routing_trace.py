@@ -301,7 +301,7 @@ def test_equals_is_sensitive_to_one_id_and_one_valid_bit():
 def test_import_loads_numpy_alone():
     code = (
         "import sys, routing_replay.trace;"
-        "print([name for name in ('torch', 'triton', 'transformers') if name in sys.modules])"
+        "print([name for name in ('torch', 'triton', 'transformers', 'zstandard', 'safetensors') if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
