@@ -38,10 +38,10 @@ def main() -> None:
     failed: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS:
-            output = Path(folder) / f"{seed}.json"
+            output = Path(folder) / str(seed)
             if run_demo(DemoOptions(seed=seed, output=output)):
                 failed.append(seed)
-            runs.append(json.loads(output.read_text()))
+            runs.append(json.loads((output / "demo.json").read_text()))
     record = {"commit": _git("rev-parse", "HEAD"), "cpu": _cpu(), "runs": runs}
     RESULT.write_text(json.dumps(record, indent=1) + "\n")
     if failed:

@@ -2,8 +2,9 @@
 
 import json
 import platform
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -19,8 +19,8 @@ from routing_replay.assets import tiny_moe_path
 from routing_replay.assets.arithmetic import Problem, is_solved, make_problems
 from routing_replay.engine import LLM, EngineConfig, RequestOutput, SamplingParams
 from routing_replay.errors import ConfigError
-from routing_replay.report import AuditResult, AuditSample, audit
-from routing_replay.trace import encode_trace
+from routing_replay.report import AuditResult, AuditSample, audit, audit_tables, render_html
+from routing_replay.trace import RolloutSample, RolloutWriter, encode_trace, is_rollout
 
 __all__ = ["Check", "DemoOptions", "demo_checks", "run_demo"]
 
@@ -31,21 +31,23 @@ MIN_RESPONSE_TOKENS = 4096
 class DemoOptions:
     """Sample answers with the engine, audit them with Transformers, and check that replay works.
 
-    Example: `routing-replay demo --seed 1 --output results/demo.json`
-
-    Attributes:
-        seed: Chooses the problems and the sampled answers.
-        num_problems: How many problems to solve.
-        dtype: The rollout's precision, bfloat16 or float32; the trainer's is float32.
-        output: Where to write the figures as JSON.
-        json: Print the JSON instead of tables.
+    Example: routing-replay demo --seed 1 --output demo-results/
     """
 
     seed: int = 0
+    """Chooses the problems and the sampled answers."""
+
     num_problems: int = 112
+    """How many problems to solve."""
+
     dtype: str = "bfloat16"
-    output: Path = Path("demo-results/demo.json")
+    """The rollout's precision, bfloat16 or float32; the trainer's is float32."""
+
+    output: Path = Path("demo-results")
+    """Folder for demo.json (the figures), report.html, and rollout/ (tokens, logprobs, traces); replaced."""
+
     json: bool = False
+    """Print the figures as JSON instead of tables."""
 
     def __post_init__(self) -> None:
         """Check the number of problems."""
@@ -128,29 +130,20 @@ def demo_checks(result: AuditResult) -> list[Check]:
     ]
 
 
-def _figures_table(result: AuditResult) -> Table:
-    table = Table(title="trainer (Transformers, float32) against the rollout", title_justify="left")
-    table.add_column("")
-    for name in ("native", "replayed", "control: packed / one by one"):
-        table.add_column(name, justify="right")
-    columns = (result.native, result.replayed, result.control)
-    table.add_row("routing mismatch, pairs", *(f"{c.mismatch_pairs:.2%}" for c in columns))
-    table.add_row("routing mismatch, tokens", *(f"{c.mismatch_tokens:.2%}" for c in columns))
-    table.add_row("KL (k3), nats a token", *(f"{c.kl_k3:.2e}" for c in columns))
-    table.add_row("mean |dlogp|", *(f"{c.mean_abs_dlogp:.2e}" for c in columns))
-    table.add_row("F(2)", *(f"{c.f2:.2e}" for c in columns))
-    return table
-
-
 def _show(
-    console: Console, record: dict[str, object], result: AuditResult, checks: Sequence[Check]
+    console: Console,
+    record: dict[str, object],
+    result: AuditResult,
+    checks: Sequence[Check],
+    decode: Callable[[Sequence[int]], str] | None,
 ) -> None:
     ratio = result.kl_ratio
     console.print(
         f"solved {record['solved']:.1%} of {record['num_problems']} problems, {result.num_response_tokens} response "
         f"tokens, {record['trace_bytes_per_token']:.1f} trace bytes a token ({record['id_bytes_per_token']} of ids)"
     )
-    console.print(_figures_table(result))
+    for table in audit_tables(result, decode):
+        console.print(table)
     console.print(
         f"KL replayed / native {ratio.value:.3f}, 95 % interval [{ratio.low:.3f}, {ratio.high:.3f}] "
         "(paired bootstrap over sequences)"
@@ -205,7 +198,7 @@ def run_demo(options: DemoOptions) -> int:
         "solved": float(np.mean([is_solved(p, t) for p, t in zip(problems, texts, strict=True)])),
         "trace_bytes_per_token": sum(len(encode_trace(s.trace)) for s in samples) / num_rows,
         "id_bytes_per_token": samples[0].trace.ids[:1].nbytes,
-        **asdict(result),
+        **result.figures(),
         "checks": [asdict(check) for check in checks],
         "seconds": {
             "load": loaded - started,
@@ -219,12 +212,54 @@ def run_demo(options: DemoOptions) -> int:
         "machine": {"python": platform.python_version(), "threads": torch.get_num_threads()},
     }
     text = json.dumps(record, indent=1)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text + "\n")
+    decode = None if llm.tokenizer is None else llm.tokenizer.decode
+    _write(options, text, outputs, result, decode)
     console = Console()
     if options.json:
         print(text)
     else:
-        _show(console, record, result, checks)
-        console.print(f"figures: {options.output}")
+        _show(console, record, result, checks, decode)
+        console.print(f"report: {options.output / 'report.html'}")
+        console.print(
+            f"figures: {options.output / 'demo.json'}, traces: {options.output / 'rollout'}"
+        )
     return 0 if all(check.passed for check in checks) else 1
+
+
+def _write(
+    options: DemoOptions,
+    figures: str,
+    outputs: Sequence[RequestOutput],
+    result: AuditResult,
+    decode: Callable[[Sequence[int]], str] | None,
+) -> None:
+    """Write figures, report and rollout; a rollout of an earlier demo gives way."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "demo.json").write_text(figures + "\n")
+    facts = {
+        "rollout": f"{options.num_problems} problems, seed {options.seed}, {options.dtype}",
+        "trainer": "Transformers, float32",
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "routing-replay": version("routing-replay"),
+    }
+    page = render_html(result, title="Routing replay demo", facts=facts, decode=decode)
+    (options.output / "report.html").write_text(page, encoding="utf-8")
+    rollout = options.output / "rollout"
+    if is_rollout(rollout):
+        shutil.rmtree(rollout)
+    with RolloutWriter(rollout, facts={"model": "tiny-moe", **facts}, codec="raw+zstd") as writer:
+        for index, output in enumerate(outputs):
+            completion = output.outputs[0]
+            sample = _as_sample(output)
+            writer.append(
+                RolloutSample(
+                    key=str(index),
+                    prompt_token_ids=output.prompt_token_ids,
+                    token_ids=completion.token_ids,
+                    logprobs=tuple(sample.rollout_logprobs.tolist()),
+                    trace=sample.trace,
+                    text=completion.text,
+                    finish_reason=completion.finish_reason,
+                )
+            )

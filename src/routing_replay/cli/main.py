@@ -1,6 +1,10 @@
 """`routing-replay`: choose a command, run it, turn its outcome into an exit code."""
 
+import difflib
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 
 from routing_replay.errors import ConfigError, IntegrationError, RoutingReplayError
 
@@ -9,41 +13,92 @@ __all__ = ["main"]
 _EXTRA = "pip install 'routing-replay[demo]'"
 
 
-def _run(arguments: list[str] | None) -> int:
-    try:
-        import tyro
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """A command: `cli/<name>.py` holds `<Name>Options` and `run_<name>`, and is imported when it is asked for."""
 
-        from routing_replay.cli.demo import DemoOptions, run_demo
-    except ModuleNotFoundError as err:
-        raise IntegrationError(
-            f"the command line needs {err.name}, which is missing: {_EXTRA}"
-        ) from err
-    app = tyro.extras.SubcommandApp()
+    name: str
+    summary: str
 
-    @app.command(name="demo")
-    def demo(options: tyro.conf.OmitArgPrefixes[DemoOptions]) -> int:
-        """Sample answers with the engine, audit them with Transformers, and check that replay works."""
-        return run_demo(options)
 
-    return app.cli(
-        prog="routing-replay",
-        args=arguments,
-        description="Routing replay for mixture-of-experts models.",
+_COMMANDS = (
+    _Command("demo", "sample, audit and prove replay on this machine, with the embedded model"),
+    _Command("rollout", "generate from a file of prompts; store tokens, logprobs and traces"),
+    _Command("audit", "recompute a rollout with Transformers, natively and replayed, and report"),
+    _Command("inspect", "describe and validate a trace, a store of traces, or a rollout"),
+    _Command("export", "write traces in a shape that other programs read"),
+    _Command("doctor", "show versions, devices, and which features work here"),
+)
+
+
+def _usage() -> str:
+    width = max(len(command.name) for command in _COMMANDS)
+    lines = [f"  {command.name:<{width}}  {command.summary}" for command in _COMMANDS]
+    return "\n".join(
+        [
+            "usage: routing-replay COMMAND [OPTIONS]",
+            "",
+            "Routing replay for mixture-of-experts models.",
+            "",
+            *lines,
+            "",
+            "routing-replay COMMAND --help shows a command's options and an example.",
+            "Exit codes: 0 success, 1 failure, 2 bad arguments.",
+        ]
     )
 
 
+def _load(name: str) -> tuple[type, Callable[[object], int]]:
+    try:
+        module = import_module(f"routing_replay.cli.{name}")
+    except ModuleNotFoundError as err:
+        if err.name is not None and err.name.startswith("routing_replay"):
+            raise
+        raise IntegrationError(
+            f"routing-replay {name} needs {err.name}, which is missing: {_EXTRA}"
+        ) from err
+    return getattr(module, f"{name.capitalize()}Options"), getattr(module, f"run_{name}")
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"routing-replay {version('routing-replay')}")
+        return 0
+    names = [command.name for command in _COMMANDS]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"command {name!r} is not known; accepted are {', '.join(names)}{hint}")
+    options_type, run = _load(name)
+    try:
+        import tyro
+    except ModuleNotFoundError as err:
+        raise IntegrationError(f"the command line needs tyro, which is missing: {_EXTRA}") from err
+    options = tyro.cli(options_type, prog=f"routing-replay {name}", args=rest)
+    return run(options)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 success, 1 failure, 2 bad arguments.
+    """Run the command line and exit: 0 success, 1 failure, 2 bad arguments, 130 interrupted.
 
     Args:
         arguments: Words after the program's name; None takes those of the process.
     """
     try:
-        code = _run(arguments)
+        code = _run(sys.argv[1:] if arguments is None else arguments)
     except ConfigError as err:
         print(f"error: {err}", file=sys.stderr)
         code = 2
-    except RoutingReplayError as err:
+    except (RoutingReplayError, OSError) as err:
         print(f"error: {err}", file=sys.stderr)
         code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
     sys.exit(code)

@@ -1,7 +1,7 @@
 """The audit: one trainer against one rollout, natively, replayed, with a control, and with the wrong rows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -14,16 +14,19 @@ from routing_replay.replay import (
     ReplayHandle,
     attach,
     extreme_fraction,
+    kl_k1,
     kl_k3,
     kl_k3_terms,
     mean_abs_dlogp,
+    mean_abs_dp,
     observe_expert_ids,
     paired_bootstrap_ratio,
     routing_mismatch,
+    token_mult_prob_error,
 )
 from routing_replay.trace import RoutingTrace
 
-__all__ = ["AuditResult", "AuditSample", "Comparison", "audit"]
+__all__ = ["AuditDetails", "AuditResult", "AuditSample", "Comparison", "audit"]
 
 _TOKENS_PER_PASS = 2048
 
@@ -51,19 +54,52 @@ class Comparison:
 
     Attributes:
         kl_k3: `mean(expm1(d) - d)`, d = logp of the second minus logp of the first (the sampler), in nats.
+        kl_k1: `mean(-d)`, which may be negative.
         f2: Share of tokens whose probabilities differ by more than a factor of 2.
         mean_abs_dlogp: Mean of `|d|`.
+        mean_abs_dp: Mean difference of probabilities, verl's `rollout_probs_diff_mean`.
+        token_mult_prob_error: Mean of `exp(|d|)`, NeMo-RL's name; 1 where both agree.
         mismatch_pairs: Share of (token, layer) pairs with another set of experts.
         mismatch_tokens: Share of tokens with another set in at least one layer.
         mismatch_per_layer: The share of each MoE layer.
     """
 
     kl_k3: float
+    kl_k1: float
     f2: float
     mean_abs_dlogp: float
+    mean_abs_dp: float
+    token_mult_prob_error: float
     mismatch_pairs: float
     mismatch_tokens: float
     mismatch_per_layer: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class AuditDetails:
+    """What the figures were made of, token by token; N response tokens of all samples, in order.
+
+    Attributes:
+        samples: The sequences.
+        sample_index: int64 `[N]`, which sample a token belongs to.
+        position: int64 `[N]`, its index in the sample's tokens.
+        rollout_logprobs: float64 `[N]`.
+        native_logprobs: float64 `[N]`, of the trainer that routes natively.
+        replayed_logprobs: float64 `[N]`, of the trainer that replays.
+        num_other_layers: int64 `[N]`, MoE layers in which the row that predicted the token has another set natively.
+        expert_load: int64 `[L, E]`, how often each expert was picked in the rollout's rows.
+        layer_ids: Decoder layer of each of the L slots.
+    """
+
+    samples: tuple[AuditSample, ...]
+    sample_index: NDArray[np.int64]
+    position: NDArray[np.int64]
+    rollout_logprobs: NDArray[np.float64]
+    native_logprobs: NDArray[np.float64]
+    replayed_logprobs: NDArray[np.float64]
+    num_other_layers: NDArray[np.int64]
+    expert_load: NDArray[np.int64]
+    layer_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +116,7 @@ class AuditResult:
         kl_wrong_rows: KL when every sample replays another sample's rows.
         coverage: Rows replayed over rows due.
         num_wrong_ids: Ids that the trainer's experts received and that differ from the trace, by position.
+        details: What the figures were made of.
     """
 
     num_response_tokens: int
@@ -91,6 +128,15 @@ class AuditResult:
     kl_wrong_rows: float
     coverage: float
     num_wrong_ids: int
+    details: AuditDetails | None = None
+
+    def figures(self) -> dict[str, object]:
+        """Return the figures without the details, as JSON values."""
+        return asdict(replace(self, details=None), dict_factory=_without_details)
+
+
+def _without_details(items: list[tuple[str, object]]) -> dict[str, object]:
+    return {name: value for name, value in items if name != "details"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +205,11 @@ def _compare(first: _Pass, second: _Pass) -> Comparison:
     mismatch = routing_mismatch(first.expert_ids, second.expert_ids)
     return Comparison(
         kl_k3=kl_k3(second.logprobs, first.logprobs),
+        kl_k1=kl_k1(second.logprobs, first.logprobs),
         f2=extreme_fraction(second.logprobs, first.logprobs, tau=2.0),
         mean_abs_dlogp=mean_abs_dlogp(second.logprobs, first.logprobs),
+        mean_abs_dp=mean_abs_dp(second.logprobs, first.logprobs),
+        token_mult_prob_error=token_mult_prob_error(second.logprobs, first.logprobs),
         mismatch_pairs=mismatch.pairs,
         mismatch_tokens=mismatch.tokens,
         mismatch_per_layer=tuple(float(share) for share in mismatch.per_layer),
@@ -232,4 +281,36 @@ def audit(model: nn.Module, samples: Sequence[AuditSample]) -> AuditResult:
         kl_wrong_rows=kl_k3(wrong.logprobs, rollout.logprobs),
         coverage=coverage,
         num_wrong_ids=int((replayed.expert_ids != rollout.expert_ids).sum()),
+        details=_details(samples, rollout, native, replayed),
+    )
+
+
+def _details(
+    samples: Sequence[AuditSample], rollout: _Pass, native: _Pass, replayed: _Pass
+) -> AuditDetails:
+    """Collect what reports show of single tokens and experts."""
+    trace = samples[0].trace
+    load = np.zeros((trace.num_moe_layers, trace.num_experts), np.int64)
+    for slot in range(trace.num_moe_layers):
+        ids = rollout.expert_ids[:, slot].reshape(-1)
+        load[slot] = np.bincount(ids, minlength=trace.num_experts)
+    differs = (np.sort(native.expert_ids, -1) != np.sort(rollout.expert_ids, -1)).any(-1)
+    others = differs.sum(-1)
+    ends = np.cumsum([sample.trace.num_rows for sample in samples])
+    # The row that predicts token t is that of token t - 1.
+    predicting = [
+        others[end - len(s.rollout_logprobs) : end] for s, end in zip(samples, ends, strict=True)
+    ]
+    counts = [len(sample.rollout_logprobs) for sample in samples]
+    positions = [np.arange(s.num_prompt_tokens, len(s.token_ids)) for s in samples]
+    return AuditDetails(
+        samples=tuple(samples),
+        sample_index=np.repeat(np.arange(len(samples)), counts),
+        position=np.concatenate(positions),
+        rollout_logprobs=rollout.logprobs,
+        native_logprobs=native.logprobs,
+        replayed_logprobs=replayed.logprobs,
+        num_other_layers=np.concatenate(predicting),
+        expert_load=load,
+        layer_ids=trace.layer_ids,
     )

@@ -11,6 +11,7 @@ import pytest
 from routing_replay.cli.demo import DemoOptions, demo_checks, run_demo
 from routing_replay.replay import Interval
 from routing_replay.report import AuditResult, Comparison
+from routing_replay.trace import RolloutReader
 
 
 def _command(*words: str) -> subprocess.CompletedProcess[str]:
@@ -36,8 +37,11 @@ def test_help_shows_an_example():
 def _result() -> AuditResult:
     same = Comparison(
         kl_k3=1e-6,
+        kl_k1=0.0,
         f2=0.0,
         mean_abs_dlogp=1e-4,
+        mean_abs_dp=1e-5,
+        token_mult_prob_error=1.0,
         mismatch_pairs=0.0,
         mismatch_tokens=0.0,
         mismatch_per_layer=(),
@@ -76,10 +80,15 @@ def test_each_check_fails_on_its_own(change: dict[str, float]):
 def test_short_demo_writes_its_figures_and_fails_for_too_few_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    options = DemoOptions(num_problems=4, output=tmp_path / "new" / "demo.json", json=True)
+    options = DemoOptions(num_problems=4, output=tmp_path / "new", json=True)
     assert run_demo(options) == 1
-    record = json.loads(options.output.read_text())
+    record = json.loads((options.output / "demo.json").read_text())
+    assert "Routing replay demo" in (options.output / "report.html").read_text()
+    with RolloutReader(options.output / "rollout") as rollout:
+        assert len(list(rollout)) == 4
     assert json.loads(capsys.readouterr().out) == record
+    assert run_demo(options) == 1  # a second demo takes the place of the first
+    capsys.readouterr()
     assert [check["passed"] for check in record["checks"]] == [True, True, True, False]
     assert record["coverage"] == 1.0
     assert set(record["seconds"]) == {"load", "generate", "audit", "total"}
