@@ -248,7 +248,7 @@ def test_decode_trace_refuses_another_version(version: int):
         decode_trace(data)
 
 
-@pytest.mark.parametrize("length", [(16 << 20) + 1, 2**32 - 1])
+@pytest.mark.parametrize("length", [(1 << 20) + 1, 2**32 - 1])
 def test_decode_trace_refuses_a_header_length_over_the_limit(length: int):
     data = bytearray(encode_trace(small_trace()))
     data[12:16] = struct.pack("<I", length)
@@ -257,8 +257,8 @@ def test_decode_trace_refuses_a_header_length_over_the_limit(length: int):
 
 
 def test_decode_trace_refuses_a_long_header_even_where_the_file_holds_it():
-    data = join_file(b" " * ((16 << 20) + 1), b"")
-    with pytest.raises(TraceFormatError, match="header length = 16777217"):
+    data = join_file(b" " * ((1 << 20) + 1), b"")
+    with pytest.raises(TraceFormatError, match="header length = 1048577"):
         decode_trace(data)
 
 

@@ -65,12 +65,13 @@ def test_golden_files_are_read_and_written_byte_for_byte(name: str, trace: Routi
 
 def test_format_page_shows_the_bytes_of_the_golden_files():
     page = FORMAT_PAGE.read_text(encoding="utf-8")
-    whole, payload = (
+    index, whole, payload = (
         bytes.fromhex(
             "".join(re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} ?)+)", block, re.MULTILINE))
         )
         for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL)
     )
+    assert index == (GOLDEN / "v1_store.rrs" / "index").read_bytes()
     assert whole == (GOLDEN / "v1_raw.rrt").read_bytes()
     packed = (GOLDEN / "v1_packed.rrt").read_bytes()
     assert payload == packed[0x1C8:]

@@ -4,10 +4,11 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
-from routing_replay.trace import RoutingTrace, encode_trace
+from routing_replay.trace import RoutingTrace, TraceStoreWriter, encode_trace
 
 PREFIX = struct.Struct("<8sIII")
 MAGIC = b"\x89RRT\r\n\x1a\n"
@@ -74,3 +75,15 @@ def edited_payload(section: str, at: int, value: int, trace: RoutingTrace | None
             stored = changed[entry["offset"] : entry["offset"] + entry["nbytes"]]
             entry["crc32"] = zlib.crc32(stored)
     return join_file(header, bytes(changed))
+
+
+def golden_store() -> dict[str, RoutingTrace]:
+    """Return the traces of `golden/v1_store.rrs`, in order."""
+    return {"small": small_trace(), "wide/☃": wide_trace(), "": small_trace().slice(2, 2)}
+
+
+def write_golden_store(path: Path) -> None:
+    """Write the store of `golden/v1_store.rrs`."""
+    with TraceStoreWriter(path, codec="packed") as writer:
+        for key, trace in golden_store().items():
+            writer.append(key, trace)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from routing_replay.errors import IntegrationError, TraceFormatError
 from routing_replay.trace._bits import pack_fields, unpack_fields
 from routing_replay.trace._json import describe
-from routing_replay.trace._set_code import SetCode, set_code
+from routing_replay.trace._set_code import SetCode, rank_width, set_code
 
 # So many sets are ranked at once that their columns stay in the cache; a multiple of 8, so that bytes are not shared.
 _FIELDS_AT_ONCE = 1 << 14
@@ -109,7 +109,7 @@ class PackedCodec:
         """Return the bytes of the fields."""
         if spec.name == "ids":
             num_fields = math.prod(spec.shape[:-1])
-            return -(-num_fields * self._code(spec).width // 8)
+            return -(-num_fields * rank_width(spec.num_experts, spec.shape[-1]) // 8)
         if spec.name == "valid":
             return -(-spec.shape[0] // 8)
         return spec.nbytes
@@ -149,8 +149,8 @@ class PackedCodec:
             if bad is not None:
                 row, slot = divmod(start + bad, spec.shape[1])
                 raise TraceFormatError(
-                    f"section ids: the set of row {row}, layer slot {slot} has a rank that is not below "
-                    f"C({code.num_experts}, {code.top_k}); the file is damaged"
+                    f"section ids: row {row}, layer slot {slot} has the rank {code.value(ranks, bad)}, not below "
+                    f"C({code.num_experts}, {code.top_k}) = {code.num_sets}; the file is damaged"
                 )
             ids[start : start + count] = code.unrank(ranks).T
         return ids.reshape(spec.shape)
@@ -181,27 +181,37 @@ class ZstdCodec:
         return self._inner.keeps_order
 
     def stored_nbytes(self, spec: SectionSpec) -> int | None:
-        """Return None: it depends on the content."""
-        self._inner.stored_nbytes(spec)
-        return None
+        """Return 0 where the inner codec stores nothing, otherwise None: it depends on the content."""
+        return 0 if self._inner.stored_nbytes(spec) == 0 else None
 
     def encode(self, spec: SectionSpec, array: npt.NDArray[np.generic]) -> bytes:
-        """Compress in one frame that names its size."""
-        zstandard = _zstandard()
-        return zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(self._inner.encode(spec, array))
+        """Compress in one frame that names its size; nothing needs no frame."""
+        plain = self._inner.encode(spec, array)
+        if not plain:
+            return b""
+        return _zstandard().ZstdCompressor(level=_ZSTD_LEVEL).compress(plain)
 
     def decode(self, spec: SectionSpec, data: memoryview) -> npt.NDArray[np.generic]:
         """Decompress, once the frame is known to hold exactly what the header demands."""
-        zstandard = _zstandard()
         wanted = self._inner.stored_nbytes(spec)
         assert wanted is not None
+        plain = self._decompress(spec, data, wanted) if wanted else b""
+        return self._inner.decode(spec, memoryview(plain))
+
+    @staticmethod
+    def _decompress(spec: SectionSpec, data: memoryview, wanted: int) -> bytes:
+        zstandard = _zstandard()
         try:
+            # Before anything is decompressed: a lying size is what makes a small frame a large one.
             found = zstandard.frame_content_size(data)
             if found != wanted:
-                raise TraceFormatError(
-                    f"section {spec.name}: its zstd frame holds {found} bytes; the header demands {wanted}"
+                says = (
+                    "does not say how many bytes it holds" if found < 0 else f"holds {found} bytes"
                 )
-            plain = zstandard.ZstdDecompressor().decompress(
+                raise TraceFormatError(
+                    f"section {spec.name}: its zstd frame {says}; the header demands {wanted}"
+                )
+            plain: bytes = zstandard.ZstdDecompressor().decompress(
                 data, max_output_size=wanted, allow_extra_data=False
             )
         except zstandard.ZstdError as err:
@@ -212,7 +222,7 @@ class ZstdCodec:
             raise TraceFormatError(
                 f"section {spec.name}: its zstd frame gave {len(plain)} bytes; the header demands {wanted}"
             )
-        return self._inner.decode(spec, memoryview(plain))
+        return plain
 
 
 def _zstandard() -> ModuleType:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from routing_replay.errors import TraceFormatError
 from routing_replay.trace._trace import RoutingTrace
-from routing_replay.trace._wire import decode_trace, encode_trace
+from routing_replay.trace._wire import MAX_DECODED_BYTES, decode_trace, encode_trace
 
 
 def save_trace(trace: RoutingTrace, path: str | os.PathLike[str], *, codec: str = "raw") -> None:
@@ -37,14 +37,17 @@ def save_trace(trace: RoutingTrace, path: str | os.PathLike[str], *, codec: str 
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _flush_folder(target.parent)
+    flush_folder(target.parent)
 
 
-def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:
+def load_trace(
+    path: str | os.PathLike[str], *, max_decoded_bytes: int = MAX_DECODED_BYTES
+) -> RoutingTrace:
     """Read a trace from a file and check it.
 
     Args:
         path: A file that holds one trace.
+        max_decoded_bytes: As for `decode_trace`.
 
     Returns:
         The trace.
@@ -56,12 +59,12 @@ def load_trace(path: str | os.PathLike[str]) -> RoutingTrace:
     source = Path(path)
     data = source.read_bytes()
     try:
-        return decode_trace(data)
+        return decode_trace(data, max_decoded_bytes=max_decoded_bytes)
     except TraceFormatError as err:
         raise TraceFormatError(f"{source}: {err}") from err
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Make a rename in a folder last through a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

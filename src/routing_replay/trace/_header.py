@@ -23,7 +23,7 @@ from routing_replay.trace._runs import MAX_INT, WeightsVersion, check_runs
 # The first byte is not ASCII and both line ends follow: a text-mode transfer breaks the magic.
 MAGIC = b"\x89RRT\r\n\x1a\n"
 FORMAT_VERSION = 1
-MAX_HEADER_BYTES = 16 << 20
+MAX_HEADER_BYTES = 1 << 20
 ALIGNMENT = 8
 
 # Magic, then format version, header length and header CRC-32, little-endian.

@@ -27,12 +27,12 @@ class _Column:
     Attributes:
         limbs: int64 `[limbs, E + 2]`, C(c, k) for c in [0, E], and a last entry above every rank.
         mantissa_bits: Mantissa bits of a float64 rank that choose a bucket.
-        first: int64 per bucket: the largest c with C(c, k) at most the bucket's lower end.
+        first: int32 per bucket: the largest c with C(c, k) at most the bucket's lower end.
     """
 
     limbs: NDArray[np.int64]
     mantissa_bits: int
-    first: NDArray[np.int64]
+    first: NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,16 @@ class SetCode:
     @property
     def num_limbs(self) -> int:
         """Limbs of a rank."""
-        return max(1, -(-self.width // LIMB_BITS))
+        return _limbs_of(self.width)
+
+    @property
+    def num_sets(self) -> int:
+        """C(E, K)."""
+        return comb(self.num_experts, self.top_k)
+
+    def value(self, ranks: NDArray[np.int64], position: int) -> int:
+        """Return one rank as a number."""
+        return sum(int(limb) << (LIMB_BITS * idx) for idx, limb in enumerate(ranks[:, position]))
 
     def rank(self, ids: NDArray[np.integer]) -> NDArray[np.int64]:
         """Rank sets.
@@ -99,7 +108,7 @@ class SetCode:
 
     def first_too_large(self, ranks: NDArray[np.int64]) -> int | None:
         """Return the position of the first rank that is no set's, or None."""
-        total = comb(self.num_experts, self.top_k)
+        total = self.num_sets
         limit = [(total >> (LIMB_BITS * limb)) & _LIMB_MASK for limb in range(self.num_limbs)]
         # The highest limb may hold one more bit than its share: C(E, K) can be 2^width.
         limit[-1] = total >> (LIMB_BITS * (self.num_limbs - 1))
@@ -149,7 +158,7 @@ def _largest_at_most(
     bucket = approximate.view(np.int64) >> (52 - column.mantissa_bits)
     bucket -= (1023 << column.mantissa_bits) - 1
     np.maximum(bucket, 0, out=bucket)  # the rank 0 has a bucket of its own
-    found = column.first.take(bucket)
+    found = column.first.take(bucket).astype(np.int64)
     if not is_exact:
         # Rounding to float64 may have led past the end of the rank's own bucket.
         found -= ~_compare(column, found, ranks)
@@ -165,7 +174,7 @@ def _as_limbs(values: list[int], num_limbs: int) -> NDArray[np.int64]:
     return np.array(rows, np.int64)
 
 
-def _buckets(binomials: list[int], width: int) -> tuple[int, NDArray[np.int64]]:
+def _buckets(binomials: list[int], width: int) -> tuple[int, NDArray[np.int32]]:
     """Choose so many mantissa bits that no bucket holds more than one step, and list each bucket's first c."""
     floats = np.array([float(value) for value in binomials])
     for mantissa_bits in range(20):
@@ -173,14 +182,52 @@ def _buckets(binomials: list[int], width: int) -> tuple[int, NDArray[np.int64]]:
         bits = (np.arange(num_buckets, dtype=np.int64) << (52 - mantissa_bits)) + (1023 << 52)
         first = np.searchsorted(floats, bits.view(np.float64), side="right") - 1
         zero = int(np.searchsorted(floats, 0.0, side="right")) - 1
-        first = np.concatenate([[zero], first]).astype(np.int64)
+        first = np.concatenate([[zero], first]).astype(np.int32)
         # From one bucket's start to the next at most one step; the bucket of 0 holds nothing but 0.
         if (np.diff(first[1:]) <= 1).all():
             return mantissa_bits, first
     raise AssertionError(f"no bucket size fits {len(binomials)} binomials of {width} bits")
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
+def rank_width(num_experts: int, top_k: int) -> int:
+    """Return the bits of a rank, without building tables.
+
+    Args:
+        num_experts: E.
+        top_k: K.
+
+    Returns:
+        ceil(log2 C(E, K)).
+
+    Raises:
+        TraceFormatError: The tables would be too large; `raw` codecs have no such limit.
+    """
+    accepted = (
+        f"codec packed takes top_k up to {_MAX_TOP_K}, and tables of up to {MAX_TABLE_ENTRIES} entries: use codec raw"
+        " or raw+zstd"
+    )
+    # Before C(E, K) is computed: it can have 65536 bits.
+    if top_k > _MAX_TOP_K:
+        raise TraceFormatError(
+            f"top_k = {top_k} (num_experts = {num_experts}) is too large; {accepted}"
+        )
+    width = (comb(num_experts, top_k) - 1).bit_length()
+    entries = top_k * (num_experts + 1) * _limbs_of(width)
+    if entries > MAX_TABLE_ENTRIES:
+        raise TraceFormatError(
+            f"num_experts = {num_experts} with top_k = {top_k} needs ranks of {width} bits and tables of {entries} entries;"
+            f" {accepted}"
+        )
+    return width
+
+
+def _limbs_of(width: int) -> int:
+    return max(1, -(-width // LIMB_BITS))
+
+
+# Few: the tables of the largest shape take 80 MB, and headers of strangers choose the shapes.
+@lru_cache(maxsize=4)
 def set_code(num_experts: int, top_k: int) -> SetCode:
     """Build the code of the K-subsets of E experts.
 
@@ -194,14 +241,8 @@ def set_code(num_experts: int, top_k: int) -> SetCode:
     Raises:
         TraceFormatError: The tables would be too large; `raw` codecs have no such limit.
     """
-    width = (comb(num_experts, top_k) - 1).bit_length()
-    num_limbs = max(1, -(-width // LIMB_BITS))
-    entries = top_k * (num_experts + 1) * num_limbs
-    if top_k > _MAX_TOP_K or entries > MAX_TABLE_ENTRIES:
-        raise TraceFormatError(
-            f"num_experts = {num_experts} with top_k = {top_k} needs ranks of {width} bits and {entries} table entries; "
-            f"codec packed takes top_k up to {_MAX_TOP_K} and {MAX_TABLE_ENTRIES} entries: use codec raw or raw+zstd"
-        )
+    width = rank_width(num_experts, top_k)
+    num_limbs = _limbs_of(width)
     columns: list[_Column] = []
     above = (1 << (LIMB_BITS * num_limbs)) - 1
     for k in range(1, top_k + 1):
@@ -210,5 +251,6 @@ def set_code(num_experts: int, top_k: int) -> SetCode:
             _as_limbs(binomials, num_limbs), ((0, 0), (0, 1)), constant_values=_LIMB_MASK
         )
         mantissa_bits, first = _buckets([*binomials, above], max(width, 1))
-        columns.append(_Column(limbs, mantissa_bits, np.minimum(first, num_experts)))
+        first = np.minimum(first, np.int32(num_experts))
+        columns.append(_Column(limbs, mantissa_bits, first))
     return SetCode(num_experts, top_k, width, tuple(columns))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from routing_replay.errors import TraceFormatError
 from routing_replay.trace._bits import pack_fields, unpack_fields
-from routing_replay.trace._set_code import LIMB_BITS, set_code, sort_columns
+from routing_replay.trace._set_code import LIMB_BITS, rank_width, set_code, sort_columns
 
 SHAPES = [
     (128, 8),
@@ -97,9 +97,16 @@ def test_sort_columns_sorts(columns: list[list[int]]):
     assert np.array_equal(np.array(sort_columns(array)), np.sort(array, axis=0))
 
 
-@pytest.mark.parametrize(("experts", "top_k"), [(65536, 100), (1000, 500), (300, 129)])
-def test_codes_with_too_large_tables_are_refused(experts: int, top_k: int):
-    with pytest.raises(
-        TraceFormatError, match=rf"num_experts = {experts} with top_k = {top_k}.*use codec raw"
-    ):
-        set_code(experts, top_k)
+@pytest.mark.parametrize(
+    ("experts", "top_k", "message"),
+    [
+        (65536, 100, "num_experts = 65536 with top_k = 100 needs ranks of .* use codec raw"),
+        (1000, 500, r"top_k = 500 \(num_experts = 1000\) .* use codec raw"),
+        (300, 129, r"top_k = 129 .* use codec raw"),
+        (65536, 32768, "top_k = 32768 .* use codec raw"),
+    ],
+)
+def test_codes_with_too_large_tables_are_refused(experts: int, top_k: int, message: str):
+    for build in (set_code, rank_width):
+        with pytest.raises(TraceFormatError, match=message):
+            build(experts, top_k)
