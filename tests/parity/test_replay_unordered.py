@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from routing_replay.replay import attach, observe_expert_ids, routing_mismatch
-from routing_replay.trace import RoutingTrace
+from routing_replay.trace import RoutingTrace, decode_trace, encode_trace
 from unit.replay.tiny_qwen3_moe import build_model, change_one_id, make_batch, random_traces
 
 EXPERTS = ["eager", "batched_mm", "grouped_mm"]
@@ -18,7 +18,9 @@ ROUNDING = 1e-5
 
 
 def as_set(trace: RoutingTrace) -> RoutingTrace:
-    return dataclasses.replace(trace, ids=np.sort(trace.ids, axis=-1), ordered=False)
+    packed = decode_trace(encode_trace(trace, codec="packed"))
+    assert packed.equals(dataclasses.replace(trace, ids=np.sort(trace.ids, axis=-1), ordered=False))
+    return packed
 
 
 def gradients(model: nn.Module, logits: Tensor):

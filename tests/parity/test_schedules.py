@@ -15,6 +15,7 @@ from _support.teacher import (
     teach,
     with_one_id_changed,
 )
+from _support.tiny_models import TinyShape, save_tiny_model
 from routing_replay import LLM, RequestOutput, SamplingParams
 from routing_replay.engine import EngineConfig
 from routing_replay.trace import RoutingTrace
@@ -246,6 +247,27 @@ def test_batch_invariant_bits_are_equal_under_every_schedule(model_folder: Path)
         [_prompts()[3]], _params(6)[3:4], replay=[trace]
     )
     assert not np.array_equal(_logprobs(changed[0]), _logprobs(expected[3]))
+
+
+def test_batch_invariant_bits_are_equal_in_bfloat16(tmp_path: Path):
+    shape = TinyShape(num_experts=16, top_k=4, num_layers=2)
+    folder = save_tiny_model(tmp_path, shape)
+    expected: list[RequestOutput] | None = None
+    for settings in SCHEDULES:
+        config = EngineConfig(block_size=8, batch_invariant=True, **settings)
+        llm = LLM(folder, enable_return_routed_experts=True, config=config)
+        outputs = llm.generate(_prompts(), _params(6))
+        expected = expected or outputs
+        for one, two in zip(expected, outputs, strict=True):
+            assert np.array_equal(_logprobs(one), _logprobs(two))
+            assert np.array_equal(one.outputs[0].routing.ids, two.outputs[0].routing.ids)
+    plain = LLM(folder, config=EngineConfig(block_size=8)).generate(_prompts(), _params(6))
+    assert expected is not None
+    # The twin: without it, other sums leave other bits somewhere.
+    assert any(
+        not np.array_equal(_logprobs(one), _logprobs(two))
+        for one, two in zip(expected, plain, strict=True)
+    )
 
 
 def test_prompt_logprobs_and_scoring_equal_transformers(model_folder: Path):

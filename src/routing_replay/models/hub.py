@@ -7,7 +7,7 @@ from routing_replay.errors import ConfigError
 
 __all__ = ["find_model_folder"]
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
