@@ -129,10 +129,11 @@ class TraceStoreReader:
             )
         if self._index_end == 0 and not self._has_head(where):
             return 0
-        self._index.seek(self._index_end)
+        # One read: between two, a writer may replace an entry that was cut off by another one.
+        added = os.pread(self._index.fileno(), max(0, num_bytes - self._index_end), self._index_end)
         num_known = len(self._entries)
         num_read, self._data_end = decode_entries(
-            self._index.read(), 0, known=self._entries, next_offset=self._data_end, where=where
+            added, 0, known=self._entries, next_offset=self._data_end, where=where
         )
         self._index_end += num_read
         return len(self._entries) - num_known
@@ -164,8 +165,7 @@ class TraceStoreReader:
 
     def _has_head(self, where: str) -> bool:
         """Check the head; a part of it is that of a writer who has only just begun."""
-        self._index.seek(0)
-        head = self._index.read(HEAD_BYTES)
+        head = os.pread(self._index.fileno(), HEAD_BYTES, 0)
         if len(head) < HEAD_BYTES and encode_head().startswith(head):
             return False
         check_head(head.ljust(HEAD_BYTES, b"\0"), where)
