@@ -42,6 +42,12 @@ class IndexEntry:
         """Where the next trace begins."""
         return self.offset + self.nbytes + padding(self.nbytes)
 
+    @property
+    def entry_nbytes(self) -> int:
+        """Bytes of the entry in the index."""
+        num_key_bytes = len(self.key.encode("utf-8"))
+        return _PREFIX.size + num_key_bytes + padding(num_key_bytes)
+
 
 def padding(num_bytes: int) -> int:
     """Return the bytes from `num_bytes` to the next multiple of the alignment."""
@@ -87,75 +93,110 @@ def encode_entry(entry: IndexEntry) -> bytes:
 
 
 def decode_entries(
-    data: bytes, start: int, *, known: dict[str, IndexEntry], next_offset: int, where: str
+    data: bytes,
+    begin: int,
+    *,
+    known: dict[str, IndexEntry],
+    next_offset: int,
+    flushed_end: int,
+    where: str,
 ) -> tuple[int, int]:
-    """Read the whole entries of an index; a last one that is cut off is not there yet.
+    """Read the whole entries of an index, up to what a kill or a loss of power left at its end.
 
     Args:
-        data: The index, or its part from a known place on.
-        start: Where in `data` the first entry to read begins.
+        data: The index from an entry on.
+        begin: Where in the index this is.
         known: The entries before; those that are read are added, all or none.
         next_offset: Where the first one's trace must begin.
+        flushed_end: How much of the index was on the disk as it was written, so that nothing may be
+            missing there.
         where: The file, for messages.
 
     Returns:
-        Where in `data` the next entry will begin, and where its trace will.
+        Where in the index the next entry will begin, and where its trace will.
 
     Raises:
         TraceFormatError: What is there of an entry is not what a writer writes.
     """
     entries: dict[str, IndexEntry] = {}
-    at = start
+    at = 0
     while at + _PREFIX.size <= len(data):
-        entry, length = _decode_entry(data, at, where)
+        if begin + at >= flushed_end and _is_lost(data, at):
+            break
+        name = f"{where}: entry at byte {begin + at} (key {_key_hint(data, at)})"
+        entry, length = _decode_entry(data, at, name)
         if entry is None:
             break
         if entry.offset != next_offset:
             raise TraceFormatError(
-                f"{where}: trace {entry.key!r} is said to begin at byte {entry.offset}; it must be {next_offset}, the "
-                "end of the one before; the file is damaged"
+                f"{name} says that its trace begins at byte {entry.offset}; it must be {next_offset}, the end of the one"
+                " before; the file is damaged"
             )
         if entry.key in known or entry.key in entries:
             raise TraceFormatError(
-                f"{where}: key {entry.key!r} is there twice; keys are unique: the file is damaged"
+                f"{name} has the key of one before; keys are unique: the file is damaged"
             )
         entries[entry.key] = entry
         next_offset = entry.end
         at += length
+    if begin + at < flushed_end:
+        raise TraceFormatError(
+            f"{where} has {begin + len(data)} bytes, with whole entries up to byte {begin + at}, but {flushed_end} were on"
+            " the disk; the file was truncated, restore a copy"
+        )
     known.update(entries)
-    return at, next_offset
+    return begin + at, next_offset
 
 
-def _decode_entry(data: bytes, at: int, where: str) -> tuple[IndexEntry | None, int]:
+def _is_lost(data: bytes, at: int) -> bool:
+    """Tell whether a loss of power can have left what is at a place: from there on, no entry is whole."""
+    return not any(_is_whole(data, start) for start in range(at, len(data), ALIGNMENT))
+
+
+def _is_whole(data: bytes, at: int) -> bool:
+    """Tell whether an entry is at a place, by its checksums."""
+    if at + _PREFIX.size > len(data):
+        return False
+    _, _, _, key_bytes, rest_crc32, own_crc32 = _PREFIX.unpack_from(data, at)
+    if zlib.crc32(data[at : at + _CHECKED]) != own_crc32:
+        return False
+    first = at + _PREFIX.size
+    end = first + key_bytes + padding(key_bytes)
+    return end <= len(data) and zlib.crc32(data[first:end]) == rest_crc32
+
+
+def _key_hint(data: bytes, at: int) -> str:
+    """Return what is there of an entry's key, damaged or not, for messages."""
+    num_bytes = _PREFIX.unpack_from(data, at)[3]
+    first = at + _PREFIX.size
+    return repr(data[first : first + min(num_bytes, 80)].decode("utf-8", errors="replace"))
+
+
+def _decode_entry(data: bytes, at: int, name: str) -> tuple[IndexEntry | None, int]:
     """Return the entry at a place, None where its end is missing, and its length."""
     offset, nbytes, crc32, key_bytes, rest_crc32, own_crc32 = _PREFIX.unpack_from(data, at)
-    _check_crc32(data[at : at + _CHECKED], own_crc32, part="entry", at=at, where=where)
+    _check_crc32(data[at : at + _CHECKED], own_crc32, name=name)
     if key_bytes > MAX_KEY_BYTES:
         raise TraceFormatError(
-            f"{where}: entry at byte {at} has a key of {key_bytes} bytes; a key has at most {MAX_KEY_BYTES}"
+            f"{name} has a key of {key_bytes} bytes; a key has at most {MAX_KEY_BYTES}"
         )
     first = at + _PREFIX.size
     end = first + key_bytes + padding(key_bytes)
     if end > len(data):
         return None, 0
-    _check_crc32(data[first:end], rest_crc32, part="key of the entry", at=at, where=where)
+    _check_crc32(data[first:end], rest_crc32, name=f"{name}: the key")
     if any(data[first + key_bytes : end]):
-        raise TraceFormatError(
-            f"{where}: padding of the entry at byte {at} is not zero; the file is damaged"
-        )
+        raise TraceFormatError(f"{name} has padding that is not zero; the file is damaged")
     try:
         key = data[first : first + key_bytes].decode("utf-8")
     except UnicodeDecodeError as err:
-        raise TraceFormatError(
-            f"{where}: the key of the entry at byte {at} is not UTF-8 ({err})"
-        ) from err
+        raise TraceFormatError(f"{name} has a key that is not UTF-8 ({err})") from err
     return IndexEntry(key, offset, nbytes, crc32), end - at
 
 
-def _check_crc32(part_bytes: bytes, crc32: int, *, part: str, at: int, where: str) -> None:
+def _check_crc32(checked: bytes, crc32: int, *, name: str) -> None:
     """Compare a checksum of the index with what it covers."""
-    if zlib.crc32(part_bytes) != crc32:
+    if zlib.crc32(checked) != crc32:
         raise TraceFormatError(
-            f"{where}: {part} at byte {at} has CRC-32 {zlib.crc32(part_bytes):#010x} but says {crc32:#010x}; the file is "
-            "damaged"
+            f"{name} has CRC-32 {zlib.crc32(checked):#010x} but says {crc32:#010x}; the file is damaged, restore a copy"
         )

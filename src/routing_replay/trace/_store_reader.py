@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from routing_replay.errors import ConfigError, TraceFormatError
+from routing_replay.trace._store_flushed import FLUSHED_NAME, read_flushed
 from routing_replay.trace._store_index import (
     DATA_NAME,
     HEAD_BYTES,
@@ -47,6 +48,7 @@ class TraceStoreReader:
         self._entries: dict[str, IndexEntry] = {}
         self._index_end = 0
         self._data_end = 0
+        self._num_torn_bytes = 0
         self._data: BinaryIO | None = None
         self._map: mmap.mmap | None = None
         try:
@@ -76,6 +78,11 @@ class TraceStoreReader:
             return decode_trace(data, max_decoded_bytes=self._max_decoded_bytes)
         except TraceFormatError as err:
             raise TraceFormatError(f"{self.path / DATA_NAME}: trace {key!r}: {err}") from err
+
+    @property
+    def num_torn_bytes(self) -> int:
+        """Bytes behind the last whole entry of the index, at the last refresh: of one that is being written, or was cut off."""
+        return self._num_torn_bytes
 
     def keys(self) -> tuple[str, ...]:
         """Return the keys, in the order of appending."""
@@ -122,20 +129,33 @@ class TraceStoreReader:
         """
         self._check_open()
         where = str(self.path / INDEX_NAME)
+        # Before the index, which is at least as long as any mark says.
+        flushed_end = read_flushed(self.path / FLUSHED_NAME)
         num_bytes = os.fstat(self._index.fileno()).st_size
         if num_bytes < self._index_end:
             raise TraceFormatError(
                 f"{where} has {num_bytes} bytes but had {self._index_end}; a store only grows: open it again"
             )
         if self._index_end == 0 and not self._has_head(where):
+            if flushed_end:
+                raise TraceFormatError(
+                    f"{where} has {num_bytes} bytes, but {flushed_end} were on the disk; the file was truncated, restore"
+                    " a copy"
+                )
             return 0
         # One read: between two, a writer may replace an entry that was cut off by another one.
         added = os.pread(self._index.fileno(), max(0, num_bytes - self._index_end), self._index_end)
         num_known = len(self._entries)
-        num_read, self._data_end = decode_entries(
-            added, 0, known=self._entries, next_offset=self._data_end, where=where
+        end = self._index_end + len(added)
+        self._index_end, self._data_end = decode_entries(
+            added,
+            self._index_end,
+            known=self._entries,
+            next_offset=self._data_end,
+            flushed_end=flushed_end,
+            where=where,
         )
-        self._index_end += num_read
+        self._num_torn_bytes = end - self._index_end
         return len(self._entries) - num_known
 
     def close(self) -> None:

@@ -3,6 +3,8 @@
 import fcntl
 import os
 import zlib
+from collections.abc import Mapping
+from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +13,12 @@ from typing import Self
 from routing_replay.errors import ConfigError, TraceFormatError
 from routing_replay.trace._codecs import codec_by_name
 from routing_replay.trace._file import flush_folder
+from routing_replay.trace._store_flushed import (
+    FLUSHED_NAME,
+    encode_mark,
+    next_mark_at,
+    read_flushed,
+)
 from routing_replay.trace._store_index import (
     DATA_NAME,
     HEAD_BYTES,
@@ -28,12 +36,14 @@ from routing_replay.trace._wire import encode_trace
 
 __all__ = ["TraceStoreWriter"]
 
+_PIECE_BYTES = 1 << 20
+
 
 class TraceStoreWriter:
     """Appends traces to a store; one writer at a time.
 
-    A trace is in the store once its index entry is written, after its bytes. A writer that is killed at any byte
-    leaves a store of whole traces; the next writer removes what was cut off.
+    A trace is in the store once its index entry is written, after its bytes. What was appended outlives the process,
+    killed at any byte; what was flushed outlives a loss of power. The next writer removes what was cut off.
 
     Args:
         path: The store's folder, customarily `*.rrs`; made if it does not exist.
@@ -41,27 +51,32 @@ class TraceStoreWriter:
 
     Raises:
         ConfigError: Another writer has the store open, or the path holds something else than a store.
-        TraceFormatError: The codec is not known, or the index is damaged.
+        TraceFormatError: The codec is not known, or the store is damaged; nothing is changed.
+        OSError: The file system refuses.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, codec: str = "raw") -> None:
         self.path = Path(path)
         self._codec = codec_by_name(codec).name
+        self._process_id = os.getpid()
+        self._num_cut_bytes = 0
         _make_folder(self.path)
-        self._index = _open_for_update(self.path / INDEX_NAME)
-        try:
+        with ExitStack() as opened:
+            self._index = opened.enter_context(_open_for_update(self.path / INDEX_NAME))
             _lock(self._index, self.path)
-            self._data = _open_for_update(self.path / DATA_NAME)
-            try:
-                self._keys, self._index_end, self._data_end = self._repair()
-            except BaseException:
-                self._data.close()
-                raise
-        except BaseException:
-            self._index.close()
-            raise
+            self._data = opened.enter_context(_open_for_update(self.path / DATA_NAME))
+            self._flushed = opened.enter_context(_open_for_update(self.path / FLUSHED_NAME))
+            self._flushed_end = read_flushed(self.path / FLUSHED_NAME)
+            self._keys, self._index_end, self._data_end = self._repair()
+            # Closed last to first, so that the lock outlives the other files.
+            self._files = opened.pop_all()
         self._is_torn = False
         self._is_folder_flushed = False
+
+    @property
+    def num_cut_bytes(self) -> int:
+        """Bytes that were removed: of traces left unfinished, or never flushed and lost with the power."""
+        return self._num_cut_bytes
 
     def __len__(self) -> int:
         self._repair_if_torn()
@@ -111,25 +126,36 @@ class TraceStoreWriter:
 
         Raises:
             ConfigError: The writer is closed.
-            OSError: The file system refuses.
+            OSError: The file system refuses. The writer is closed then: a second attempt could succeed without what
+                the first one lost.
         """
         self._check_open()
-        os.fsync(self._data.fileno())
-        os.fsync(self._index.fileno())
-        if not self._is_folder_flushed:
-            flush_folder(self.path)
-            flush_folder(self.path.absolute().parent)
-            self._is_folder_flushed = True
+        if self._flushed_end == self._index_end:
+            return
+        try:
+            os.fsync(self._data.fileno())
+            os.fsync(self._index.fileno())
+            if not self._is_folder_flushed:
+                flush_folder(self.path)
+                flush_folder(self.path.absolute().parent)
+                self._is_folder_flushed = True
+        except OSError:
+            self._files.close()
+            raise
+        # Only now: a mark must be true whenever it is found. It need not be on the disk itself.
+        _write_at(self._flushed, encode_mark(self._index_end), next_mark_at(self._flushed))
+        self._flushed_end = self._index_end
 
     def close(self) -> None:
         """Flush, and let the next writer in; closing twice does nothing."""
         if self._index.closed:
             return
         try:
-            self.flush()
+            # A copy in a forked process has nothing to flush.
+            if self._process_id == os.getpid():
+                self.flush()
         finally:
-            self._data.close()
-            self._index.close()
+            self._files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -145,15 +171,21 @@ class TraceStoreWriter:
     def _check_open(self) -> None:
         if self._index.closed:
             raise ConfigError(f"{self.path} is closed; open a new writer to append to it")
+        if self._process_id != os.getpid():
+            raise ConfigError(
+                f"the writer of {self.path} belongs to process {self._process_id}, not to its fork {os.getpid()}; append"
+                " in one process"
+            )
 
     def _repair_if_torn(self) -> None:
         """Learn from the files what a call that did not come to its end has left."""
-        if self._is_torn and not self._index.closed:
+        is_mine = self._process_id == os.getpid()
+        if self._is_torn and is_mine and not self._index.closed:
             self._keys, self._index_end, self._data_end = self._repair()
             self._is_torn = False
 
     def _repair(self) -> tuple[set[str], int, int]:
-        """Cut off what a killed writer left behind its last whole entry.
+        """Cut off what a killed writer left behind its last whole entry, and what a loss of power took.
 
         Returns:
             The keys, the end of the index, and the end of the data.
@@ -162,26 +194,66 @@ class TraceStoreWriter:
         where = str(self.path / INDEX_NAME)
         data_bytes = os.fstat(self._data.fileno()).st_size
         if len(index) < HEAD_BYTES:
-            if data_bytes or not encode_head().startswith(index):
+            if data_bytes or self._flushed_end or not encode_head().startswith(index):
                 raise TraceFormatError(
                     f"{where} has {len(index)} bytes, fewer than its head of {HEAD_BYTES}, beside {data_bytes} bytes of"
                     " traces; the file is damaged"
                 )
             _write_at(self._index, encode_head(), 0)
+            # Before any trace, so that traces without a head are a sign of damage.
+            os.fsync(self._index.fileno())
             return set(), HEAD_BYTES, 0
         check_head(index, where)
         entries: dict[str, IndexEntry] = {}
         index_end, data_end = decode_entries(
-            index, HEAD_BYTES, known=entries, next_offset=0, where=where
+            index[HEAD_BYTES:],
+            HEAD_BYTES,
+            known=entries,
+            next_offset=0,
+            flushed_end=self._flushed_end,
+            where=where,
         )
-        if data_bytes < data_end:
-            raise TraceFormatError(
-                f"{self.path / DATA_NAME} has {data_bytes} bytes, but the index names traces up to byte {data_end}; "
-                "the file is truncated: copy what can be read to another store"
-            )
-        os.ftruncate(self._index.fileno(), index_end)
-        os.ftruncate(self._data.fileno(), data_end)
+        lost = self._lost_entries(entries, data_bytes)
+        for entry in lost:
+            del entries[entry.key]
+        if lost:
+            data_end = lost[0].offset
+            index_end -= sum(entry.entry_nbytes for entry in lost)
+        for file, end in ((self._index, index_end), (self._data, data_end)):
+            self._num_cut_bytes += max(0, os.fstat(file.fileno()).st_size - end)
+            os.ftruncate(file.fileno(), end)
         return set(entries), index_end, data_end
+
+    def _lost_entries(self, entries: Mapping[str, IndexEntry], data_bytes: int) -> list[IndexEntry]:
+        """Return the last entries whose traces were never flushed and are not there."""
+        lost: list[IndexEntry] = []
+        at = HEAD_BYTES
+        for entry in entries.values():
+            where = f"{self.path / DATA_NAME}: trace {entry.key!r} at byte {entry.offset}"
+            if at < self._flushed_end:
+                if entry.end > data_bytes:
+                    raise TraceFormatError(
+                        f"{where} was on the disk up to byte {entry.end}, but the file has {data_bytes}; it was truncated:"
+                        " copy what can be read to another store"
+                    )
+            elif entry.end > data_bytes or not self._is_whole(entry):
+                lost.append(entry)
+            elif lost:
+                raise TraceFormatError(
+                    f"{where} is whole, but trace {lost[0].key!r} before it, at byte {lost[0].offset}, is not; the file is"
+                    " damaged: copy what can be read to another store"
+                )
+            at += entry.entry_nbytes
+        return lost
+
+    def _is_whole(self, entry: IndexEntry) -> bool:
+        """Tell whether the bytes of a trace have their checksum."""
+        crc32 = 0
+        end = entry.offset + entry.nbytes
+        for at in range(entry.offset, end, _PIECE_BYTES):
+            piece = os.pread(self._data.fileno(), min(_PIECE_BYTES, end - at), at)
+            crc32 = zlib.crc32(piece, crc32)
+        return crc32 == entry.crc32
 
 
 def _make_folder(path: Path) -> None:
