@@ -95,6 +95,20 @@ def test_loss_of_what_was_not_flushed_leaves_a_prefix_that_goes_on(
     assert set(kept) == {2, 3}
 
 
+def test_reader_tells_how_much_is_torn(tmp_path: Path, store: dict[str, bytes]):
+    flushed, whole = len(store["index flushed"]), len(store["index"])
+    for size in range(flushed, whole + 1):
+        with TraceStoreReader(
+            lay_out(tmp_path / "s", store, index=store["index"][:size])
+        ) as reader:
+            # Entries of keys of 7 bytes have 40.
+            assert reader.num_torn_bytes == (size - flushed) % 40
+            (tmp_path / "s" / "index").write_bytes(store["index"])
+            assert reader.refresh() == 2 - (size - flushed) // 40
+            assert reader.num_torn_bytes == 0
+    assert whole - flushed == 80
+
+
 def test_loss_in_both_files_leaves_a_prefix(tmp_path: Path, store: dict[str, bytes]):
     for index_size in range(len(store["index flushed"]), len(store["index"]) - 8, 7):
         lost = {
