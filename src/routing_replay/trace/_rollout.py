@@ -17,6 +17,7 @@ __all__ = ["RolloutReader", "RolloutSample", "RolloutWriter", "is_rollout"]
 _FACTS = "rollout.json"
 _SAMPLES = "samples.jsonl"
 _TRACES = "traces.rrs"
+_SAMPLES_PER_FLUSH = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,6 +72,7 @@ class RolloutWriter:
         (self.folder / _FACTS).write_text(json.dumps(dict(facts), indent=2) + "\n")
         self._store = TraceStoreWriter(self.folder / _TRACES, codec=codec)
         self._samples = (self.folder / _SAMPLES).open("a", encoding="utf-8")
+        self._num_since_flush = 0
 
     def append(self, sample: RolloutSample) -> None:
         """Add a sample: its trace first, then the line that makes it part of the rollout.
@@ -99,14 +101,23 @@ class RolloutWriter:
         }
         self._samples.write(json.dumps(line) + "\n")
         self._samples.flush()
+        self._num_since_flush += 1
+        if self._num_since_flush == _SAMPLES_PER_FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring everything to the disk, so that it outlives a loss of power; `append` does so now and then."""
+        self._store.flush()
+        self._samples.flush()
+        os.fsync(self._samples.fileno())
+        self._num_since_flush = 0
 
     def close(self) -> None:
         """Bring everything to the disk and close the files."""
-        self._store.close()
         if not self._samples.closed:
-            self._samples.flush()
-            os.fsync(self._samples.fileno())
+            self.flush()
             self._samples.close()
+        self._store.close()
 
     def __enter__(self) -> Self:
         return self
