@@ -1,15 +1,28 @@
 """`routing-replay audit`: recompute a rollout with Transformers, natively and replayed."""
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from routing_replay.cli.provenance import versions
+from routing_replay.cli.resources import check_device, model_folder
 from routing_replay.errors import ConfigError
+from routing_replay.trace import RolloutReader
 
-__all__ = ["AuditOptions", "run_audit"]
+if TYPE_CHECKING:
+    from routing_replay.report import AuditResult, AuditSample
+
+__all__ = ["AuditOptions", "load_samples", "print_audit", "run_audit", "write_report"]
+
+Decode = Callable[[Sequence[int]], str]
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+             "seed")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,14 +32,14 @@ class AuditOptions:
     Example: routing-replay audit rollout/ --model tiny-moe --report report.html
     """
 
-    rollout: Positional[Path]
+    rollout: Positional[Annotated[Path, arg(metavar="DIR")]]
     """A folder that "routing-replay rollout" wrote."""
 
-    model: Annotated[str, arg(aliases=["-m"])]
+    model: Annotated[str, arg(aliases=["-m"], metavar="MODEL")]
     """The trainer: a Hugging Face folder or hub name, or tiny-moe for the embedded model."""
 
-    dtype: str = "float32"
-    """The trainer's precision, bfloat16 or float32."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """The trainer's precision."""
 
     device: str = "cpu"
     """A torch device."""
@@ -34,11 +47,112 @@ class AuditOptions:
     max_samples: int | None = None
     """Audit only the first samples."""
 
-    report: Path | None = None
-    """Where to write the report, one HTML file."""
+    report: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Where to write the report, one HTML page."""
 
     json: bool = False
     """Print JSON instead of tables."""
+
+
+def load_samples(
+    folder: Path, max_samples: int | None
+) -> tuple[list["AuditSample"], Mapping[str, object]]:
+    """Read the samples of a rollout that have tokens to compare.
+
+    Args:
+        folder: A rollout.
+        max_samples: Take this many; None for all.
+
+    Returns:
+        The samples, and the facts of the rollout.
+
+    Raises:
+        ConfigError: There is no rollout, or its logprobs are not those of the model's own distribution.
+        TraceFormatError: The rollout is damaged.
+    """
+    import numpy as np
+
+    from routing_replay.report import AuditSample
+
+    with RolloutReader(folder) as rollout:
+        mode = rollout.facts.get("logprobs_mode", "raw_logprobs")
+        if mode != "raw_logprobs":
+            raise ConfigError(
+                f"{folder} has logprobs_mode={mode!r}; accepted is 'raw_logprobs': the trainer computes the model's own "
+                "distribution"
+            )
+        samples = [
+            AuditSample(
+                token_ids=sample.all_token_ids,
+                num_prompt_tokens=len(sample.prompt_token_ids),
+                rollout_logprobs=np.asarray(sample.logprobs, np.float64),
+                trace=sample.trace,
+            )
+            for sample in islice((s for s in rollout if s.token_ids), max_samples)
+        ]
+        return samples, rollout.facts
+
+
+def _facts(options: AuditOptions, rollout: Mapping[str, object]) -> dict[str, str]:
+    """What the page says about the run."""
+    made_by = rollout.get("versions")
+    settings = ", ".join(f"{name} {rollout[name]}" for name in _SAMPLING if name in rollout)
+    facts = {
+        "rollout model": str(rollout.get("model", "unknown")),
+        "rollout dtype": str(rollout.get("dtype", "unknown")),
+        "sampling": settings or "unknown",
+        "rollout made with": _joined(made_by) if isinstance(made_by, dict) else "unknown",
+        "trainer": f"{options.model}, Transformers",
+        "trainer dtype": options.dtype,
+        "audited with": _joined(versions("torch", "transformers", "numpy")),
+    }
+    return facts
+
+
+def _joined(found: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in found.items())
+
+
+def write_report(
+    path: Path,
+    result: "AuditResult",
+    *,
+    title: str,
+    facts: Mapping[str, str],
+    decode: Decode | None,
+) -> None:
+    """Write the page of an audit, making its folder.
+
+    Args:
+        path: Where to.
+        result: The audit.
+        title: Heading of the page.
+        facts: What was audited.
+        decode: Text of tokens.
+    """
+    from routing_replay.report import render_html
+
+    page = render_html(result, title=title, facts=facts, decode=decode)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+
+
+def print_audit(result: "AuditResult", decode: Decode | None) -> None:
+    """Print the tables of an audit, and what to know about them.
+
+    Args:
+        result: The audit.
+        decode: Text of tokens.
+    """
+    from rich.console import Console
+
+    from routing_replay.report import audit_notes, audit_tables
+
+    console = Console()
+    for table in audit_tables(result, decode):
+        console.print(table)
+    for note in audit_notes(result):
+        console.print(note, markup=False, highlight=False)
 
 
 def run_audit(options: AuditOptions) -> int:
@@ -52,80 +166,42 @@ def run_audit(options: AuditOptions) -> int:
 
     Raises:
         ConfigError: An option is not accepted, or the rollout has fewer than two samples.
+        TraceFormatError: The rollout is damaged.
+        TraceMismatchError: The rollout is of another model.
     """
-    import numpy as np
     import torch
-    from rich.console import Console
     from torch import nn
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from routing_replay.assets import tiny_moe_path
     from routing_replay.engine import load_tokenizer
-    from routing_replay.models import find_model_folder
-    from routing_replay.report import AuditSample, audit, audit_tables, render_html
-    from routing_replay.trace import RolloutReader
+    from routing_replay.report import audit
 
-    if options.dtype not in ("bfloat16", "float32"):
-        raise ConfigError(f"dtype={options.dtype!r}; accepted are 'bfloat16' and 'float32'")
-    with RolloutReader(options.rollout) as rollout:
-        chosen = [
-            sample
-            for index, sample in enumerate(rollout)
-            if options.max_samples is None or index < options.max_samples
-        ]
-        facts = rollout.facts
-    samples = [
-        AuditSample(
-            token_ids=sample.all_token_ids,
-            num_prompt_tokens=len(sample.prompt_token_ids),
-            rollout_logprobs=np.asarray(sample.logprobs, np.float64),
-            trace=sample.trace,
-        )
-        for sample in chosen
-        if sample.token_ids
-    ]
-    if len(samples) < 2:
-        raise ConfigError(
-            f"{options.rollout} has {len(samples)} samples with tokens to audit; accepted are 2 or more: the audit "
-            "also replays each other's rows"
-        )
-    folder = tiny_moe_path() if options.model == "tiny-moe" else find_model_folder(options.model)
+    if options.max_samples is not None and options.max_samples < 2:
+        raise ConfigError(f"max_samples={options.max_samples}; accepted is 2 or more")
+    check_device(options.device)
+    samples, rollout = load_samples(options.rollout, options.max_samples)
+    folder = model_folder(options.model)
     transformers_logging.disable_progress_bar()
     trainer: nn.Module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, options.dtype)
     )
-    trainer = nn.Module.to(trainer, options.device).eval()
-    result = audit(trainer, samples)
+    result = audit(nn.Module.to(trainer, options.device).eval(), samples)
     tokenizer = load_tokenizer(folder)
     decode = None if tokenizer is None else tokenizer.decode
     if options.report is not None:
-        page = render_html(
-            result,
-            title=f"Routing audit of {options.rollout.name}",
-            facts={
-                "rollout model": str(facts.get("model")),
-                "rollout dtype": str(facts.get("dtype")),
-                "trainer": options.model,
-                "trainer dtype": options.dtype,
-                "samples": str(len(samples)),
-                "torch": torch.__version__,
-            },
-            decode=decode,
-        )
-        options.report.parent.mkdir(parents=True, exist_ok=True)
-        options.report.write_text(page, encoding="utf-8")
-    is_exact = result.coverage == 1.0 and result.num_wrong_ids == 0
+        title = f"Routing audit of {options.rollout.resolve().name}"
+        facts = _facts(options, rollout)
+        write_report(options.report, result, title=title, facts=facts, decode=decode)
     if options.json:
-        print(json.dumps({"exact": is_exact, **result.figures()}))
+        print(json.dumps({"exact": result.is_exact, **result.figures()}))
     else:
-        console = Console()
-        for table in audit_tables(result, decode):
-            console.print(table)
-        console.print(
-            f"{'[green]exact' if is_exact else '[red]NOT EXACT'}[/]: {result.num_wrong_ids} wrong ids in "
-            f"{result.num_rows} rows, coverage {result.coverage:.2%}"
+        print_audit(result, decode)
+        print(
+            "exact"
+            if result.is_exact
+            else "NOT EXACT: the trainer did not replay what it was given"
         )
         if options.report is not None:
-            console.print(f"report: {options.report}")
-    return 0 if is_exact else 1
+            print(f"report: {options.report}")
+    return 0 if result.is_exact else 1

@@ -4,22 +4,27 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
+from tyro.conf import arg
 
 from routing_replay.assets import tiny_moe_path
 from routing_replay.assets.arithmetic import Problem, is_solved, make_problems
+from routing_replay.cli.audit import Decode, print_audit, write_report
+from routing_replay.cli.provenance import versions
+from routing_replay.cli.resources import EMBEDDED_MODEL, check_new_folder
 from routing_replay.engine import LLM, EngineConfig, RequestOutput, SamplingParams
 from routing_replay.errors import ConfigError
-from routing_replay.report import AuditResult, AuditSample, audit, audit_tables, render_html
+from routing_replay.report import AuditResult, AuditSample, audit
 from routing_replay.trace import RolloutSample, RolloutWriter, encode_trace, is_rollout
 
 __all__ = ["Check", "DemoOptions", "demo_checks", "run_demo"]
@@ -40,10 +45,10 @@ class DemoOptions:
     num_problems: int = 112
     """How many problems to solve."""
 
-    dtype: str = "bfloat16"
-    """The rollout's precision, bfloat16 or float32; the trainer's is float32."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """The rollout's precision; the trainer's is float32."""
 
-    output: Path = Path("demo-results")
+    output: Annotated[Path, arg(aliases=["-o"], metavar="DIR")] = Path("demo-results")
     """Folder for demo.json (the figures), report.html, and rollout/ (tokens, logprobs, traces); replaced."""
 
     json: bool = False
@@ -131,30 +136,20 @@ def demo_checks(result: AuditResult) -> list[Check]:
 
 
 def _show(
-    console: Console,
-    record: dict[str, object],
-    result: AuditResult,
-    checks: Sequence[Check],
-    decode: Callable[[Sequence[int]], str] | None,
+    record: dict[str, object], result: AuditResult, checks: Sequence[Check], decode: Decode | None
 ) -> None:
-    ratio = result.kl_ratio
-    console.print(
+    print(
         f"solved {record['solved']:.1%} of {record['num_problems']} problems, {result.num_response_tokens} response "
         f"tokens, {record['trace_bytes_per_token']:.1f} trace bytes a token ({record['id_bytes_per_token']} of ids)"
     )
-    for table in audit_tables(result, decode):
-        console.print(table)
-    console.print(
-        f"KL replayed / native {ratio.value:.3f}, 95 % interval [{ratio.low:.3f}, {ratio.high:.3f}] "
-        "(paired bootstrap over sequences)"
-    )
+    print_audit(result, decode)
+    console = Console()
     for check in checks:
-        console.print(
-            f"{'[green]pass' if check.passed else '[red]FAIL'}[/] {check.name}: {check.seen}"
-        )
+        mark = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
+        console.print(f"{mark} {check.name}: {check.seen}", highlight=False)
     seconds = record["seconds"]
     assert isinstance(seconds, dict)
-    console.print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
 
 
 def run_demo(options: DemoOptions) -> int:
@@ -165,7 +160,13 @@ def run_demo(options: DemoOptions) -> int:
 
     Returns:
         0 if every check holds, otherwise 1.
+
+    Raises:
+        ConfigError: The output holds something that is not an earlier demo's.
     """
+    rollout = options.output / "rollout"
+    if not is_rollout(rollout):
+        check_new_folder(rollout)
     transformers_logging.disable_progress_bar()
     # The model is so small that a second thread mostly waits, and on a busy machine makes all much slower.
     torch.set_num_threads(1)
@@ -214,15 +215,16 @@ def run_demo(options: DemoOptions) -> int:
     text = json.dumps(record, indent=1)
     decode = None if llm.tokenizer is None else llm.tokenizer.decode
     _write(options, text, outputs, result, decode)
-    console = Console()
     if options.json:
         print(text)
     else:
-        _show(console, record, result, checks, decode)
-        console.print(f"report: {options.output / 'report.html'}")
-        console.print(
-            f"figures: {options.output / 'demo.json'}, traces: {options.output / 'rollout'}"
-        )
+        _show(record, result, checks, decode)
+        for what, name in (
+            ("report", "report.html"),
+            ("figures", "demo.json"),
+            ("rollout", "rollout"),
+        ):
+            print(f"{what}: {options.output / name}")
     return 0 if all(check.passed for check in checks) else 1
 
 
@@ -231,24 +233,32 @@ def _write(
     figures: str,
     outputs: Sequence[RequestOutput],
     result: AuditResult,
-    decode: Callable[[Sequence[int]], str] | None,
+    decode: Decode | None,
 ) -> None:
     """Write figures, report and rollout; a rollout of an earlier demo gives way."""
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "demo.json").write_text(figures + "\n")
+    made_with = versions("torch", "transformers", "numpy")
     facts = {
-        "rollout": f"{options.num_problems} problems, seed {options.seed}, {options.dtype}",
-        "trainer": "Transformers, float32",
-        "torch": version("torch"),
-        "transformers": version("transformers"),
-        "routing-replay": version("routing-replay"),
+        "rollout": f"{EMBEDDED_MODEL}, {options.num_problems} problems, {options.dtype}",
+        "trainer": f"{EMBEDDED_MODEL}, Transformers, float32",
+        "seed": str(options.seed),
+        **made_with,
     }
-    page = render_html(result, title="Routing replay demo", facts=facts, decode=decode)
-    (options.output / "report.html").write_text(page, encoding="utf-8")
+    title = "Routing replay demo"
+    write_report(options.output / "report.html", result, title=title, facts=facts, decode=decode)
     rollout = options.output / "rollout"
     if is_rollout(rollout):
         shutil.rmtree(rollout)
-    with RolloutWriter(rollout, facts={"model": "tiny-moe", **facts}, codec="raw+zstd") as writer:
+    made_by = {
+        "model": EMBEDDED_MODEL,
+        "dtype": options.dtype,
+        "num_prompts": options.num_problems,
+        "temperature": 1.0,
+        "seed": options.seed,
+        "versions": made_with,
+    }
+    with RolloutWriter(rollout, facts=made_by, codec="raw+zstd") as writer:
         for index, output in enumerate(outputs):
             completion = output.outputs[0]
             sample = _as_sample(output)

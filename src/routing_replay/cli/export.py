@@ -1,15 +1,20 @@
 """`routing-replay export`: traces in a shape that other programs read."""
 
 import json
+import shutil
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from routing_replay.cli.resources import check_new_folder
 from routing_replay.errors import ConfigError
 from routing_replay.trace import (
     EXPORT_FORMATS,
+    ExportFormat,
     RolloutReader,
     RoutingTrace,
     TraceStoreReader,
@@ -27,29 +32,64 @@ class ExportOptions:
     Example: routing-replay export rollout/ --to vllm -o exported/
     """
 
-    path: Positional[Path]
+    path: Positional[Annotated[Path, arg(metavar="FILE|DIR")]]
     """A trace file (.rrt), a store (.rrs), or a folder that "routing-replay rollout" wrote."""
 
-    to: str
+    to: Annotated[str, arg(metavar="FORMAT")]
     """npz, safetensors, or vllm (the routed_experts field)."""
 
-    output: Annotated[Path, arg(aliases=["-o"])]
-    """A file for one trace; for many, a folder that does not exist yet or is empty."""
+    output: Annotated[Path, arg(aliases=["-o"], metavar="OUT")]
+    """A file for one trace; for many, a folder that does not exist, or is empty."""
 
     json: bool = False
     """Print a JSON summary."""
 
 
-def _load(path: Path) -> dict[str, RoutingTrace] | RoutingTrace:
-    if not path.exists():
-        raise ConfigError(f"path={path} does not exist; pass a trace, a store, or a rollout")
-    if path.is_file():
-        return load_trace(path)
+@contextmanager
+def _named_traces(path: Path) -> Generator[Iterator[tuple[str, RoutingTrace]]]:
+    """The traces of a rollout, checked against its tokens, or of a store, read one by one."""
     if is_rollout(path):
         with RolloutReader(path) as rollout:
-            return {sample.key: sample.trace for sample in rollout}
-    with TraceStoreReader(path) as reader:
-        return {key: reader[key] for key in reader}
+            yield ((sample.key, sample.trace) for sample in rollout)
+    else:
+        with TraceStoreReader(path) as reader:
+            yield ((key, reader[key]) for key in reader)
+
+
+def _export_file(source: Path, chosen: ExportFormat, output: Path) -> int:
+    """Write one trace; return the bytes written."""
+    if output.exists():
+        raise ConfigError(f"output={output} is there already; choose another file")
+    data = chosen.encode(load_trace(source))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(data)
+    return len(data)
+
+
+def _export_folder(source: Path, chosen: ExportFormat, output: Path) -> tuple[int, int]:
+    """Write every trace and `index.json`, file name to key; return their number and the bytes written.
+
+    The folder gets its name when it is whole: a trace that the format cannot express leaves no half export.
+    """
+    check_new_folder(output)
+    output = output.absolute()  # so that it has a name, whatever was given
+    partial = output.with_name(f".{output.name}.partial")
+    check_new_folder(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    names: dict[str, str] = {}
+    num_bytes = 0
+    try:
+        with _named_traces(source) as traces:
+            for key, trace in traces:
+                name = f"{len(names):06d}{chosen.suffix}"
+                num_bytes += (partial / name).write_bytes(chosen.encode(trace))
+                names[name] = key
+        (partial / "index.json").write_text(json.dumps(names, indent=2) + "\n")
+        partial.replace(output)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    return len(names), num_bytes
 
 
 def run_export(options: ExportOptions) -> int:
@@ -62,48 +102,31 @@ def run_export(options: ExportOptions) -> int:
         0.
 
     Raises:
-        ConfigError: The format is not known, or the output is there already.
+        ConfigError: The format is not known, the output is there already, or there is nothing at the path.
+        TraceFormatError: A trace is damaged.
         TraceMismatchError: The format cannot express a trace.
     """
     formats = {item.name: item for item in EXPORT_FORMATS}
     if options.to not in formats:
         known = "; ".join(f"{item.name} ({item.description})" for item in EXPORT_FORMATS)
         raise ConfigError(f"to={options.to!r}; accepted are {known}")
-    chosen = formats[options.to]
-    loaded = _load(options.path)
-    if isinstance(loaded, RoutingTrace):
-        if options.output.exists():
-            raise ConfigError(f"output={options.output} is there already; choose another file")
-        written = {options.output: chosen.encode(loaded)}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    else:
-        if options.output.exists() and any(options.output.iterdir()):
-            raise ConfigError(
-                f"output={options.output} holds something already; choose an empty folder"
-            )
-        # Everything is encoded before anything is written: a trace that cannot be expressed leaves no half export.
-        written = {
-            options.output / f"{number:06d}{chosen.suffix}": chosen.encode(trace)
-            for number, trace in enumerate(loaded.values())
-        }
-        options.output.mkdir(parents=True, exist_ok=True)
-        names = {f"{number:06d}{chosen.suffix}": key for number, key in enumerate(loaded)}
-        written[options.output / "index.json"] = (json.dumps(names, indent=2) + "\n").encode()
-    for path, data in written.items():
-        path.write_bytes(data)
-    num_bytes = sum(map(len, written.values()))
-    count = 1 if isinstance(loaded, RoutingTrace) else len(loaded)
-    if options.json:
-        print(
-            json.dumps(
-                {
-                    "format": chosen.name,
-                    "traces": count,
-                    "bytes": num_bytes,
-                    "output": str(options.output),
-                }
-            )
+    if not options.path.exists():
+        raise ConfigError(
+            f"path={options.path} does not exist; pass a trace, a store, or a rollout"
         )
+    chosen = formats[options.to]
+    if options.path.is_file():
+        count, num_bytes = 1, _export_file(options.path, chosen, options.output)
+    else:
+        count, num_bytes = _export_folder(options.path, chosen, options.output)
+    if options.json:
+        summary = {
+            "format": chosen.name,
+            "traces": count,
+            "bytes": num_bytes,
+            "output": str(options.output),
+        }
+        print(json.dumps(summary))
     else:
         print(f"{count} traces as {chosen.name}, {num_bytes} bytes -> {options.output}")
     return 0

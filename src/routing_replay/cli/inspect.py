@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from routing_replay.errors import ConfigError, RoutingReplayError
 from routing_replay.trace import (
@@ -28,7 +29,7 @@ class InspectOptions:
     Example: routing-replay inspect rollout/
     """
 
-    path: Positional[Path]
+    path: Positional[Annotated[Path, arg(metavar="FILE")]]
     """A trace file, a store, or a folder that "routing-replay rollout" wrote."""
 
     json: bool = False
@@ -87,6 +88,20 @@ def _traces_of(reader: TraceStoreReader) -> Iterable[tuple[str, RoutingTrace | R
             yield key, err
 
 
+def _inspect_rollout(path: Path) -> dict[str, object]:
+    with RolloutReader(path) as rollout:
+        found = _summarise(_traces_of(rollout.traces))
+        tokens = 0
+        problems = found["problems"]
+        assert isinstance(problems, dict)
+        try:
+            # Each sample is checked against its trace as it is read.
+            tokens = sum(len(sample.token_ids) for sample in rollout)
+        except RoutingReplayError as err:
+            problems["samples.jsonl"] = str(err)
+        return {"samples": len(rollout), "tokens": tokens, **found, "facts": rollout.facts}
+
+
 def _inspect(path: Path) -> dict[str, object]:
     if not path.exists():
         raise ConfigError(f"path={path} does not exist; pass a trace, a store, or a rollout")
@@ -97,19 +112,7 @@ def _inspect(path: Path) -> dict[str, object]:
         return {"kind": "trace", "file_bytes": size, **per_row, **_describe(trace)}
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if is_rollout(path):
-        with RolloutReader(path) as rollout:
-            found = _summarise(_traces_of(rollout.traces))
-            tokens = sum(len(sample.token_ids) for sample in rollout)
-            samples = len(rollout)
-            facts = rollout.facts
-        return {
-            "kind": "rollout",
-            "file_bytes": size,
-            "samples": samples,
-            "tokens": tokens,
-            **found,
-            "facts": facts,
-        }
+        return {"kind": "rollout", "file_bytes": size, **_inspect_rollout(path)}
     with TraceStoreReader(path) as reader:
         return {"kind": "store", "file_bytes": size, **_summarise(_traces_of(reader))}
 

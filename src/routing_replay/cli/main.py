@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
-from routing_replay.errors import ConfigError, IntegrationError, RoutingReplayError
+from routing_replay.errors import ConfigError, RoutingReplayError
 
 __all__ = ["main"]
 
@@ -43,20 +43,13 @@ def _usage() -> str:
             *lines,
             "",
             "routing-replay COMMAND --help shows a command's options and an example.",
-            "Exit codes: 0 success, 1 failure, 2 bad arguments.",
+            "Exit codes: 0 success, 1 failure, 2 bad arguments, 130 interrupted.",
         ]
     )
 
 
 def _load(name: str) -> tuple[type, Callable[[object], int]]:
-    try:
-        module = import_module(f"routing_replay.cli.{name}")
-    except ModuleNotFoundError as err:
-        if err.name is not None and err.name.startswith("routing_replay"):
-            raise
-        raise IntegrationError(
-            f"routing-replay {name} needs {err.name}, which is missing: {_EXTRA}"
-        ) from err
+    module = import_module(f"routing_replay.cli.{name}")
     return getattr(module, f"{name.capitalize()}Options"), getattr(module, f"run_{name}")
 
 
@@ -75,12 +68,15 @@ def _run(arguments: Sequence[str]) -> int:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"command {name!r} is not known; accepted are {', '.join(names)}{hint}")
+    import tyro
+
     options_type, run = _load(name)
-    try:
-        import tyro
-    except ModuleNotFoundError as err:
-        raise IntegrationError(f"the command line needs tyro, which is missing: {_EXTRA}") from err
-    options = tyro.cli(options_type, prog=f"routing-replay {name}", args=rest)
+    options = tyro.cli(
+        options_type,
+        prog=f"routing-replay {name}",
+        args=rest,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
     return run(options)
 
 
@@ -90,13 +86,21 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: Words after the program's name; None takes those of the process.
     """
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        code = _run(words)
     except ConfigError as err:
         print(f"error: {err}", file=sys.stderr)
         code = 2
     except (RoutingReplayError, OSError) as err:
         print(f"error: {err}", file=sys.stderr)
+        code = 1
+    except ModuleNotFoundError as err:
+        # Commands import what they need when they need it; a module of our own that is missing is a bug.
+        if err.name is None or err.name.startswith("routing_replay"):
+            raise
+        command = f"routing-replay {words[0]}"
+        print(f"error: {command} needs {err.name}, which is missing: {_EXTRA}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,13 +1,14 @@
 """The audit: one trainer against one rollout, natively, replayed, with a control, and with the wrong rows."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
+from routing_replay.errors import ConfigError
 from routing_replay.replay import (
     Interval,
     Packed,
@@ -24,119 +25,13 @@ from routing_replay.replay import (
     routing_mismatch,
     token_mult_prob_error,
 )
+from routing_replay.report.results import AuditDetails, AuditResult, AuditSample, Comparison
 from routing_replay.trace import RoutingTrace
 
-__all__ = ["AuditDetails", "AuditResult", "AuditSample", "Comparison", "audit"]
+__all__ = ["audit"]
 
 _TOKENS_PER_PASS = 2048
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditSample:
-    """One sampled sequence.
-
-    Attributes:
-        token_ids: Prompt and response.
-        num_prompt_tokens: P.
-        rollout_logprobs: float64 `[G]`, logprob of each response token at the sampler.
-        trace: Experts that the rollout used, P+G-1 rows.
-    """
-
-    token_ids: tuple[int, ...]
-    num_prompt_tokens: int
-    rollout_logprobs: NDArray[np.float64]
-    trace: RoutingTrace
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """How far two computations of the same tokens are apart; KL and the like over response tokens.
-
-    Attributes:
-        kl_k3: `mean(expm1(d) - d)`, d = logp of the second minus logp of the first (the sampler), in nats.
-        kl_k1: `mean(-d)`, which may be negative.
-        f2: Share of tokens whose probabilities differ by more than a factor of 2.
-        mean_abs_dlogp: Mean of `|d|`.
-        mean_abs_dp: Mean difference of probabilities, verl's `rollout_probs_diff_mean`.
-        token_mult_prob_error: Mean of `exp(|d|)`, NeMo-RL's name; 1 where both agree.
-        mismatch_pairs: Share of (token, layer) pairs with another set of experts.
-        mismatch_tokens: Share of tokens with another set in at least one layer.
-        mismatch_per_layer: The share of each MoE layer.
-    """
-
-    kl_k3: float
-    kl_k1: float
-    f2: float
-    mean_abs_dlogp: float
-    mean_abs_dp: float
-    token_mult_prob_error: float
-    mismatch_pairs: float
-    mismatch_tokens: float
-    mismatch_per_layer: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
-class AuditDetails:
-    """What the figures were made of, token by token; N response tokens of all samples, in order.
-
-    Attributes:
-        samples: The sequences.
-        sample_index: int64 `[N]`, which sample a token belongs to.
-        position: int64 `[N]`, its index in the sample's tokens.
-        rollout_logprobs: float64 `[N]`.
-        native_logprobs: float64 `[N]`, of the trainer that routes natively.
-        replayed_logprobs: float64 `[N]`, of the trainer that replays.
-        num_other_layers: int64 `[N]`, MoE layers in which the row that predicted the token has another set natively.
-        expert_load: int64 `[L, E]`, how often each expert was picked in the rollout's rows.
-        layer_ids: Decoder layer of each of the L slots.
-    """
-
-    samples: tuple[AuditSample, ...]
-    sample_index: NDArray[np.int64]
-    position: NDArray[np.int64]
-    rollout_logprobs: NDArray[np.float64]
-    native_logprobs: NDArray[np.float64]
-    replayed_logprobs: NDArray[np.float64]
-    num_other_layers: NDArray[np.int64]
-    expert_load: NDArray[np.int64]
-    layer_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditResult:
-    """Everything the audit measured.
-
-    Attributes:
-        num_response_tokens: Tokens that KL is averaged over.
-        num_rows: Rows that routing is compared on.
-        native: Trainer against rollout, routing natively.
-        replayed: Trainer against rollout, routing replayed.
-        control: Trainer against itself: packed against one by one, both native.
-        kl_ratio: KL replayed over KL native, with a paired bootstrap interval over sequences.
-        kl_wrong_rows: KL when every sample replays another sample's rows.
-        coverage: Rows replayed over rows due.
-        num_wrong_ids: Ids that the trainer's experts received and that differ from the trace, by position.
-        details: What the figures were made of.
-    """
-
-    num_response_tokens: int
-    num_rows: int
-    native: Comparison
-    replayed: Comparison
-    control: Comparison
-    kl_ratio: Interval
-    kl_wrong_rows: float
-    coverage: float
-    num_wrong_ids: int
-    details: AuditDetails | None = None
-
-    def figures(self) -> dict[str, object]:
-        """Return the figures without the details, as JSON values."""
-        return asdict(replace(self, details=None), dict_factory=_without_details)
-
-
-def _without_details(items: list[tuple[str, object]]) -> dict[str, object]:
-    return {name: value for name, value in items if name != "details"}
+_ROWS_OF_LOGITS = 256  # in float64 at a time: a large vocabulary takes more memory than the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +55,14 @@ def _microbatches(samples: Sequence[AuditSample]) -> list[list[int]]:
     return batches
 
 
+def _logprobs_of(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Logprobs float64 `[tokens]` of the given tokens under logits `[tokens, vocabulary]`."""
+    parts = zip(logits.split(_ROWS_OF_LOGITS), token_ids.split(_ROWS_OF_LOGITS), strict=True)
+    return torch.cat(
+        [rows.double().log_softmax(-1).gather(1, ids[:, None]).squeeze(1) for rows, ids in parts]
+    )
+
+
 @torch.no_grad()
 def _forward(
     model: nn.Module,
@@ -181,7 +84,7 @@ def _forward(
         logits = model(
             input_ids=token_ids[None], position_ids=positions[None], use_cache=False
         ).logits[0]
-    logprobs = logits[:-1].double().log_softmax(-1).gather(1, token_ids[1:, None]).squeeze(1)
+    logprobs = _logprobs_of(logits[:-1], token_ids[1:])
     ends = np.cumsum(lengths)
     starts = ends - np.asarray(lengths)
     responses = [
@@ -212,8 +115,20 @@ def _compare(first: _Pass, second: _Pass) -> Comparison:
         token_mult_prob_error=token_mult_prob_error(second.logprobs, first.logprobs),
         mismatch_pairs=mismatch.pairs,
         mismatch_tokens=mismatch.tokens,
-        mismatch_per_layer=tuple(float(share) for share in mismatch.per_layer),
+        mismatch_per_layer=tuple(mismatch.per_layer.tolist()),
+        overlap_per_layer=tuple(mismatch.overlap_per_layer.tolist()),
     )
+
+
+def _kl_ratio(
+    rollout: _Pass, native: _Pass, replayed: _Pass, groups: NDArray[np.int64]
+) -> Interval | None:
+    """Compare the two KLs over the same tokens; None where the native one is 0 and nothing can be divided by it."""
+    after, before = (kl_k3_terms(item.logprobs, rollout.logprobs) for item in (replayed, native))
+    try:
+        return paired_bootstrap_ratio(after, before, groups)
+    except ConfigError:  # the terms are finite and the groups fit: only a denominator of 0 is left
+        return None
 
 
 def _rows_of_another(samples: Sequence[AuditSample]) -> list[RoutingTrace]:
@@ -234,6 +149,22 @@ def _rows_of_another(samples: Sequence[AuditSample]) -> list[RoutingTrace]:
     return traces
 
 
+def _check_samples(samples: Sequence[AuditSample]) -> None:
+    if len(samples) < 2:
+        raise ConfigError(
+            f"samples has {len(samples)} entries; accepted are 2 or more: the audit also replays each other's rows, "
+            "and resamples sequences"
+        )
+    for index, sample in enumerate(samples):
+        num_response = len(sample.token_ids) - sample.num_prompt_tokens
+        if len(sample.rollout_logprobs) != num_response or num_response < 1:
+            raise ConfigError(
+                f"sample {index} has {len(sample.rollout_logprobs)} logprobs for {num_response} response tokens; "
+                "accepted is at least one token, with a logprob each"
+            )
+        sample.trace.validate(sample.token_ids)
+
+
 def audit(model: nn.Module, samples: Sequence[AuditSample]) -> AuditResult:
     """Measure a trainer against a rollout.
 
@@ -245,15 +176,15 @@ def audit(model: nn.Module, samples: Sequence[AuditSample]) -> AuditResult:
         Native, replayed and control figures, and the checks that show that replay did what it says.
 
     Raises:
-        TraceMismatchError: A trace does not belong to its tokens or to the model.
+        ConfigError: There are fewer than two samples, or one has no response token.
+        TraceMismatchError: A trace does not belong to its tokens or to the model, or lacks a row.
         ReplayError: A router did not take its experts.
     """
+    _check_samples(samples)
     batches = [[samples[index] for index in batch] for batch in _microbatches(samples)]
     traces = [sample.trace for sample in samples]
     wrong_traces = dict(zip(map(id, samples), _rows_of_another(samples), strict=True))
     with attach(model) as handle:
-        for sample in samples:
-            sample.trace.validate(sample.token_ids)
         native = _join([_forward(model, handle, batch, None) for batch in batches])
         single = _join([_forward(model, handle, [sample], None) for sample in samples])
         wrong = _join(
@@ -261,7 +192,7 @@ def audit(model: nn.Module, samples: Sequence[AuditSample]) -> AuditResult:
         )
     with attach(model) as handle:
         replayed = _join([_forward(model, handle, b, [s.trace for s in b]) for b in batches])
-        coverage = handle.stats().coverage
+        stats = handle.stats()
     rollout = _Pass(
         np.concatenate([sample.rollout_logprobs for sample in samples]),
         np.concatenate([trace.ids for trace in traces]).astype(np.int64),
@@ -273,14 +204,12 @@ def audit(model: nn.Module, samples: Sequence[AuditSample]) -> AuditResult:
         native=_compare(rollout, native),
         replayed=_compare(rollout, replayed),
         control=_compare(native, single),
-        kl_ratio=paired_bootstrap_ratio(
-            kl_k3_terms(replayed.logprobs, rollout.logprobs),
-            kl_k3_terms(native.logprobs, rollout.logprobs),
-            groups,
-        ),
+        kl_ratio=_kl_ratio(rollout, native, replayed, groups),
         kl_wrong_rows=kl_k3(wrong.logprobs, rollout.logprobs),
-        coverage=coverage,
+        coverage=stats.coverage,
+        fallback=1.0 - stats.coverage,
         num_wrong_ids=int((replayed.expert_ids != rollout.expert_ids).sum()),
+        ordered=all(trace.ordered for trace in traces),
         details=_details(samples, rollout, native, replayed),
     )
 
@@ -295,11 +224,10 @@ def _details(
         ids = rollout.expert_ids[:, slot].reshape(-1)
         load[slot] = np.bincount(ids, minlength=trace.num_experts)
     differs = (np.sort(native.expert_ids, -1) != np.sort(rollout.expert_ids, -1)).any(-1)
-    others = differs.sum(-1)
     ends = np.cumsum([sample.trace.num_rows for sample in samples])
     # The row that predicts token t is that of token t - 1.
     predicting = [
-        others[end - len(s.rollout_logprobs) : end] for s, end in zip(samples, ends, strict=True)
+        differs[end - len(s.rollout_logprobs) : end] for s, end in zip(samples, ends, strict=True)
     ]
     counts = [len(sample.rollout_logprobs) for sample in samples]
     positions = [np.arange(s.num_prompt_tokens, len(s.token_ids)) for s in samples]
@@ -310,7 +238,7 @@ def _details(
         rollout_logprobs=rollout.logprobs,
         native_logprobs=native.logprobs,
         replayed_logprobs=replayed.logprobs,
-        num_other_layers=np.concatenate(predicting),
+        differs=np.concatenate(predicting),
         expert_load=load,
         layer_ids=trace.layer_ids,
     )

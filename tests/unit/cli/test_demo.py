@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from routing_replay.cli.demo import DemoOptions, demo_checks, run_demo
+from routing_replay.errors import ConfigError
 from routing_replay.replay import Interval
 from routing_replay.report import AuditResult, Comparison
 from routing_replay.trace import RolloutReader
@@ -28,12 +29,6 @@ def test_bad_arguments_exit_with_2():
         assert "Traceback" not in done.stderr
 
 
-def test_help_shows_an_example():
-    done = _command("demo", "--help")
-    assert done.returncode == 0
-    assert "routing-replay demo --seed" in done.stdout
-
-
 def _result() -> AuditResult:
     same = Comparison(
         kl_k3=1e-6,
@@ -45,6 +40,7 @@ def _result() -> AuditResult:
         mismatch_pairs=0.0,
         mismatch_tokens=0.0,
         mismatch_per_layer=(),
+        overlap_per_layer=(),
     )
     return AuditResult(
         num_response_tokens=5000,
@@ -55,6 +51,7 @@ def _result() -> AuditResult:
         kl_ratio=Interval(value=0.5, low=0.4, high=0.6),
         kl_wrong_rows=1.0,
         coverage=1.0,
+        fallback=0.0,
         num_wrong_ids=0,
     )
 
@@ -86,9 +83,18 @@ def test_short_demo_writes_its_figures_and_fails_for_too_few_tokens(
     assert "Routing replay demo" in (options.output / "report.html").read_text()
     with RolloutReader(options.output / "rollout") as rollout:
         assert len(list(rollout)) == 4
+        assert rollout.facts["dtype"] == "bfloat16"
     assert json.loads(capsys.readouterr().out) == record
     assert run_demo(options) == 1  # a second demo takes the place of the first
     capsys.readouterr()
     assert [check["passed"] for check in record["checks"]] == [True, True, True, False]
     assert record["coverage"] == 1.0
     assert set(record["seconds"]) == {"load", "generate", "audit", "total"}
+
+
+def test_demo_keeps_a_folder_that_is_not_its_own(tmp_path: Path):
+    (tmp_path / "rollout").mkdir()
+    (tmp_path / "rollout" / "mine.txt").write_text("x")
+    with pytest.raises(ConfigError, match="holds something already"):
+        run_demo(DemoOptions(num_problems=4, output=tmp_path))
+    assert (tmp_path / "rollout" / "mine.txt").read_text() == "x"

@@ -1,0 +1,68 @@
+"""The models and devices that commands are given by name."""
+
+from pathlib import Path
+
+from routing_replay.errors import ConfigError
+
+__all__ = ["EMBEDDED_MODEL", "check_device", "check_new_folder", "model_folder"]
+
+EMBEDDED_MODEL = "tiny-moe"
+"""The name of the embedded model."""
+
+
+def model_folder(name: str) -> Path:
+    """Return the folder of a model.
+
+    Args:
+        name: A folder, a name on the Hugging Face hub, or that of the embedded model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    from routing_replay.assets import tiny_moe_path
+    from routing_replay.models import find_model_folder
+
+    return tiny_moe_path() if name == EMBEDDED_MODEL else find_model_folder(name)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not there, before a model is loaded.
+
+    Args:
+        name: A torch device.
+
+    Raises:
+        ConfigError: torch does not know it, or this machine does not have it.
+
+    Runtime: puts one element on the device.
+    """
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    # What torch raises depends on the device and on how torch was built.
+    except (RuntimeError, AssertionError, NotImplementedError) as err:
+        reason = str(err).splitlines()[0]
+        raise ConfigError(
+            f"device={name!r} cannot be used ({reason}); accepted are cpu, and cuda where torch sees one"
+        ) from err
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse an output folder that is in use, before any work is done.
+
+    Args:
+        path: A folder that does not exist, or is empty.
+
+    Raises:
+        ConfigError: It is a file, or holds something.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"output={path} is a file; choose a folder that does not exist")
+    if path.exists() and any(path.iterdir()):
+        raise ConfigError(
+            f"output={path} holds something already; choose a folder that does not exist, or empty it first"
+        )
