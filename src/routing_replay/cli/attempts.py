@@ -142,13 +142,16 @@ def _triton() -> str:
         )
     from routing_replay.kernels import gather_rows
 
-    cache = torch.tensor([[[1, 2]], [[3, 0]]], dtype=torch.int16, device="cuda")
-    rows = torch.empty(1, 2, 2, dtype=torch.int16, device="cuda")
-    flags = torch.empty(1, dtype=torch.uint8, device="cuda")
-    index = torch.zeros(1, dtype=torch.int64, device="cuda")
-    gather_rows(cache, index, rows_out=rows, flags_out=flags, num_reset=1, num_experts=4)
-    _require(rows.flatten().tolist() == [1, 2, 3, 0], "the gather kernel returned other rows")
-    _require(int(flags[0]) == 0, "the gather kernel flagged a good row")
+    written = torch.tensor([[[1, 2], [4, 5]], [[3, 0], [6, 7]]], dtype=torch.int16, device="cuda")
+    cache, index = written.clone(), torch.tensor([1, 0], device="cuda")
+    rows = torch.empty(2, 2, 2, dtype=torch.int16, device="cuda")
+    flags = torch.empty(2, dtype=torch.uint8, device="cuda")
+    gather_rows(cache, index, rows_out=rows, flags_out=flags, num_reset=2, num_experts=8)
+    _require(
+        torch.equal(rows, written.transpose(0, 1)[index]), "the gather kernel returned other rows"
+    )
+    _require(not bool(flags.any()), "the gather kernel flagged a good row")
+    _require(bool((cache == -1).all()), "the gather kernel did not reset its rows")
     return "the gather kernel runs on cuda:0"
 
 

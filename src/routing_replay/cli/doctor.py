@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from routing_replay.cli.attempts import ATTEMPTS, NothingToTryError
 from routing_replay.cli.provenance import checkout_commit
+from routing_replay.errors import IntegrationError
 
 __all__ = ["DoctorOptions", "Finding", "run_doctor"]
 
@@ -80,7 +81,7 @@ def _finding(feature: str, attempt: Callable[[], str]) -> Finding:
     """Try a feature; whatever it raises is the finding."""
     try:
         return Finding(feature, True, attempt())
-    except NothingToTryError as err:
+    except (NothingToTryError, IntegrationError) as err:
         return Finding(feature, None, str(err))
     except ModuleNotFoundError as err:
         extra = "triton" if err.name == "triton" else "'routing-replay[demo]'"

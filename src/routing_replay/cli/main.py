@@ -1,6 +1,7 @@
 """`routing-replay`: choose a command, run it, turn its outcome into an exit code."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         code = _run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, say) has seen enough; what is still buffered goes nowhere, without a message at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except ConfigError as err:
         print(f"error: {err}", file=sys.stderr)
         code = 2

@@ -18,7 +18,7 @@ from routing_replay.cli.attempts import AttemptError
 from routing_replay.cli.doctor import DoctorOptions, run_doctor
 from routing_replay.cli.prompts import load_prompts
 from routing_replay.cli.provenance import checkout_commit
-from routing_replay.errors import ConfigError, TraceMismatchError
+from routing_replay.errors import ConfigError, IntegrationError, TraceMismatchError
 from routing_replay.trace import (
     EXPORT_FORMATS,
     RolloutReader,
@@ -249,6 +249,17 @@ def test_unknown_command_is_refused_with_a_hint():
     assert "routing-replay" in _run("--version").stdout
 
 
+def test_closed_pipe_is_no_message(tmp_path: Path):
+    with TraceStoreWriter(tmp_path / "t.rrs"):
+        pass
+    words = [sys.executable, "-c", CODE, "inspect", str(tmp_path / "t.rrs")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert (running.wait(timeout=30), running.stderr.read()) == (1, b"")
+
+
 def test_interruption_is_one_line(tmp_path: Path):
     code = (
         "import sys, routing_replay.cli.inspect as i\n"
@@ -456,12 +467,16 @@ def test_doctor_reports_what_fails_and_what_is_missing(
     def missing() -> str:
         raise ModuleNotFoundError("no", name="triton")
 
+    def codec() -> str:
+        raise IntegrationError("zstd needs the package zstandard")
+
     monkeypatch.setattr(
-        "routing_replay.cli.doctor.ATTEMPTS", (("a", wrong), ("b", missing), ("c", lambda: "fine"))
+        "routing_replay.cli.doctor.ATTEMPTS",
+        (("a", wrong), ("b", missing), ("c", codec), ("d", lambda: "fine")),
     )
     assert run_doctor(DoctorOptions(json=True)) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
-    assert [finding["works"] for finding in findings] == [False, None, True]
+    assert [finding["works"] for finding in findings] == [False, None, None, True]
     assert "other rows" in findings[0]["detail"]
     assert findings[1]["detail"].endswith("pip install triton")
 
