@@ -113,7 +113,7 @@ class HostCache:
 
     def holds(self, block: BlockRef) -> bool:
         """Return whether every row of a full block is here, for this life of the block."""
-        return self._num_held(block) == self._block_size
+        return bool(self._held(block).all())
 
     def begin(
         self,
@@ -249,9 +249,6 @@ class HostCache:
         """Which rows of this life of a block are here; bool `[block_size]`."""
         is_current = self._block_epoch[block.block_id] == block.epoch
         return self._block_valid[block.block_id] & is_current
-
-    def _num_held(self, block: BlockRef) -> int:
-        return int(self._held(block).sum())
 
     def _claim(self, block: BlockRef) -> int:
         """Forget the rows of earlier lives of a block."""

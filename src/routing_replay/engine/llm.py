@@ -100,12 +100,11 @@ class LLM:
 
         Runtime: synchronous; safe against interruption: blocks and rows of dropped requests are freed.
         """
-        results: dict[int, RequestOutput] = {}
         items = _as_prompts(prompts)
         finished = self.generate_each(
             items, sampling_params, replay=replay, on_missing=on_missing, use_tqdm=use_tqdm
         )
-        results.update(finished)
+        results = dict(finished)
         return [results[index] for index in range(len(items))]
 
     def generate_each(

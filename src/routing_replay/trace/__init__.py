@@ -15,7 +15,8 @@ from routing_replay.trace._rollout import (
     RolloutWriter,
     is_rollout,
 )
-from routing_replay.trace._store import TraceStoreReader, TraceStoreWriter
+from routing_replay.trace._store_reader import TraceStoreReader
+from routing_replay.trace._store_writer import TraceStoreWriter
 from routing_replay.trace._tensors import TraceTensors
 from routing_replay.trace._trace import RoutingTrace
 from routing_replay.trace._wire import decode_trace, encode_trace

@@ -5,11 +5,11 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from routing_replay.errors import ConfigError, TraceFormatError
-from routing_replay.trace._store import TraceStoreReader, TraceStoreWriter
+from routing_replay.trace._closing import Closing
+from routing_replay.trace._store_reader import TraceStoreReader
+from routing_replay.trace._store_writer import TraceStoreWriter
 from routing_replay.trace._trace import RoutingTrace
 
 __all__ = ["RolloutReader", "RolloutSample", "RolloutWriter", "is_rollout"]
@@ -48,7 +48,7 @@ class RolloutSample:
         return (*self.prompt_token_ids, *self.token_ids)
 
 
-class RolloutWriter:
+class RolloutWriter(Closing):
     """Writes a rollout sample by sample; what was appended survives a kill.
 
     Args:
@@ -119,19 +119,8 @@ class RolloutWriter:
             self._samples.close()
         self._store.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class RolloutReader:
+class RolloutReader(Closing):
     """Reads a rollout, also one that is still being written.
 
     Args:
@@ -163,17 +152,6 @@ class RolloutReader:
     def close(self) -> None:
         """Close the store."""
         self.traces.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _read_lines(self) -> list[dict[str, object]]:
         # A line without its end was cut off by a kill: it never became part of the rollout.

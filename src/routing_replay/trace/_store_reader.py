@@ -5,10 +5,10 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 from routing_replay.errors import ConfigError, TraceFormatError
+from routing_replay.trace._closing import Closing
 from routing_replay.trace._store_flushed import FLUSHED_NAME, read_flushed
 from routing_replay.trace._store_index import (
     DATA_NAME,
@@ -25,7 +25,7 @@ from routing_replay.trace._wire import MAX_DECODED_BYTES, decode_trace
 __all__ = ["TraceStoreReader"]
 
 
-class TraceStoreReader:
+class TraceStoreReader(Closing):
     """Reads a store, also while another process appends to it.
 
     Opening reads the index alone; a trace is decoded, from mapped memory, when it is asked for. A reader knows the
@@ -167,17 +167,6 @@ class TraceStoreReader:
         if self._data is not None:
             self._data.close()
             self._data = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check_open(self) -> None:
         if self._index.closed:

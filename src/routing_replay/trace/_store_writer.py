@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from routing_replay.errors import ConfigError, TraceFormatError
+from routing_replay.trace._closing import Closing
 from routing_replay.trace._codecs import codec_by_name
 from routing_replay.trace._file import flush_folder
 from routing_replay.trace._store_flushed import (
@@ -39,7 +38,7 @@ __all__ = ["TraceStoreWriter"]
 _PIECE_BYTES = 1 << 20
 
 
-class TraceStoreWriter:
+class TraceStoreWriter(Closing):
     """Appends traces to a store; one writer at a time.
 
     A trace is in the store once its index entry is written, after its bytes. What was appended outlives the process,
@@ -156,17 +155,6 @@ class TraceStoreWriter:
                 self.flush()
         finally:
             self._files.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check_open(self) -> None:
         if self._index.closed:

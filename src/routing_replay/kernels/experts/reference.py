@@ -43,12 +43,11 @@ def _can_group(x: Tensor, weight: Tensor) -> bool:
 
 
 def _grouped_linear(
-    x: Tensor, weight: Tensor, group_ends: Tensor, *, batch_invariant: bool
+    x: Tensor, weight: Tensor, group_ends: Tensor, counts: list[int], *, batch_invariant: bool
 ) -> Tensor:
-    """Multiply rows `[group_ends[e-1], group_ends[e])` of `x` `[rows, in]` by `weight[e]^T`; weight `[E, out, in]`."""
+    """Multiply rows `[group_ends[e-1], group_ends[e])`, `counts[e]` of them, of `x` `[rows, in]` by `weight[e]^T`."""
     if _can_group(x, weight) and not batch_invariant:
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=group_ends)
-    counts = group_ends.diff(prepend=group_ends.new_zeros(1)).tolist()
     groups: list[Tensor] = []
     for rows, expert in zip(x.to(weight.dtype).split(counts), weight.unbind(), strict=True):
         if rows.shape[0] == 0:
@@ -94,7 +93,9 @@ def experts_reference(
     order = sort_keys.argsort(stable=True)
     counts = torch.bincount(sort_keys, minlength=num_local_experts + 1)[:num_local_experts]
     group_ends = counts.cumsum(0).to(torch.int32)
-    num_rows = int(group_ends[-1])
+    # The one host sync: both GEMMs split their rows by the same counts.
+    group_counts: list[int] = counts.tolist()
+    num_rows = sum(group_counts)
     order = order[:num_rows]
     expert_idx = flat_ids[order]
 
@@ -104,11 +105,15 @@ def experts_reference(
     if num_rows == 0:
         return rows, expanded_to_permuted
 
-    x = _grouped_linear(rows, weights.gemm1_weights, group_ends, batch_invariant=batch_invariant)
+    x = _grouped_linear(
+        rows, weights.gemm1_weights, group_ends, group_counts, batch_invariant=batch_invariant
+    )
     if weights.gemm1_bias is not None:
         x = x + weights.gemm1_bias[expert_idx].to(x.dtype)
     x = apply_activation(x, activation, parameters, expert_idx).to(hidden_states.dtype)
-    x = _grouped_linear(x, weights.gemm2_weights, group_ends, batch_invariant=batch_invariant)
+    x = _grouped_linear(
+        x, weights.gemm2_weights, group_ends, group_counts, batch_invariant=batch_invariant
+    )
     if weights.gemm2_bias is not None:
         x = x + weights.gemm2_bias[expert_idx].to(x.dtype)
     return x, expanded_to_permuted
