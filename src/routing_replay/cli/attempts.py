@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from routing_replay.errors import RoutingReplayError
+from routing_replay.trace import CODEC_NAMES
 
 __all__ = ["ATTEMPTS", "AttemptError", "NothingToTryError"]
 
@@ -156,10 +157,7 @@ def _triton() -> str:
 
 
 ATTEMPTS: tuple[tuple[str, Callable[[], str]], ...] = (
-    *(
-        (f"trace codec {codec}", partial(_codec, codec))
-        for codec in ("raw", "packed", "raw+zstd", "packed+zstd")
-    ),
+    *((f"trace codec {codec}", partial(_codec, codec)) for codec in CODEC_NAMES),
     ("trace store", _store),
     ("fused MoE op, CPU", partial(_fused_op, "cpu")),
     ("fused MoE op, CUDA", partial(_fused_op, "cuda")),

@@ -24,6 +24,10 @@ Decode = Callable[[Sequence[int]], str]
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
              "seed")  # fmt: skip
 
+# The values that leave the model's own distribution as it is.
+_NEUTRAL: Mapping[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+            "presence_penalty": 0.0, "frequency_penalty": 0.0}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditOptions:
@@ -93,6 +97,28 @@ def load_samples(
         return samples, rollout.facts
 
 
+def sampling_caveats(rollout: Mapping[str, object]) -> list[str]:
+    """Say where tokens were drawn from another distribution than the one that logprobs are of.
+
+    Args:
+        rollout: The facts of a rollout.
+
+    Returns:
+        A sentence, or nothing where every token was drawn from the model's own distribution.
+    """
+    changed = [
+        f"{name} {rollout[name]}"
+        for name, neutral in _NEUTRAL.items()
+        if rollout.get(name, neutral) != neutral
+    ]
+    if not changed:
+        return []
+    return [
+        f"the tokens were sampled with {', '.join(changed)}, while logprobs are those of the model's own distribution on "
+        "both sides: KL and F(2) then weigh the tokens that this sampling prefers"
+    ]
+
+
 def _facts(options: AuditOptions, rollout: Mapping[str, object]) -> dict[str, str]:
     """What the page says about the run."""
     made_by = rollout.get("versions")
@@ -120,6 +146,7 @@ def write_report(
     title: str,
     facts: Mapping[str, str],
     decode: Decode | None,
+    caveats: Sequence[str] = (),
 ) -> None:
     """Write the page of an audit, making its folder.
 
@@ -129,20 +156,22 @@ def write_report(
         title: Heading of the page.
         facts: What was audited.
         decode: Text of tokens.
+        caveats: What to know about the rollout.
     """
     from routing_replay.report import render_html
 
-    page = render_html(result, title=title, facts=facts, decode=decode)
+    page = render_html(result, title=title, facts=facts, decode=decode, caveats=caveats)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 
 
-def print_audit(result: "AuditResult", decode: Decode | None) -> None:
+def print_audit(result: "AuditResult", decode: Decode | None, caveats: Sequence[str] = ()) -> None:
     """Print the tables of an audit, and what to know about them.
 
     Args:
         result: The audit.
         decode: Text of tokens.
+        caveats: What to know about the rollout.
     """
     from rich.console import Console
 
@@ -151,7 +180,7 @@ def print_audit(result: "AuditResult", decode: Decode | None) -> None:
     console = Console()
     for table in audit_tables(result, decode):
         console.print(table)
-    for note in audit_notes(result):
+    for note in (*audit_notes(result), *caveats):
         console.print(note, markup=False, highlight=False)
 
 
@@ -189,14 +218,17 @@ def run_audit(options: AuditOptions) -> int:
     result = audit(nn.Module.to(trainer, options.device).eval(), samples)
     tokenizer = load_tokenizer(folder)
     decode = None if tokenizer is None else tokenizer.decode
+    caveats = sampling_caveats(rollout)
     if options.report is not None:
         title = f"Routing audit of {options.rollout.resolve().name}"
         facts = _facts(options, rollout)
-        write_report(options.report, result, title=title, facts=facts, decode=decode)
+        write_report(
+            options.report, result, title=title, facts=facts, decode=decode, caveats=caveats
+        )
     if options.json:
-        print(json.dumps({"exact": result.is_exact, **result.figures()}))
+        print(json.dumps({"exact": result.is_exact, "caveats": caveats, **result.figures()}))
     else:
-        print_audit(result, decode)
+        print_audit(result, decode, caveats)
         print(
             "exact"
             if result.is_exact

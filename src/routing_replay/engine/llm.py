@@ -1,5 +1,6 @@
 """`LLM`: offline generation, under vLLM's names."""
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -65,7 +66,7 @@ class LLM:
         self.core = EngineCore(
             folder,
             dtype=_DTYPES[dtype],
-            device=torch.device(device),
+            device=_usable_device(device),
             config=config,
             make_decoder=None if self.tokenizer is None else self.tokenizer.make_decoder,
         )
@@ -220,7 +221,13 @@ class LLM:
                     f"a prompt has keys {sorted(prompt)}; accepted is {{'prompt_token_ids': [...]}}"
                 )
             prompt = prompt["prompt_token_ids"]
-        return None, [int(token) for token in prompt]
+        try:
+            return None, [operator.index(token) for token in prompt]
+        except TypeError as err:
+            raise ConfigError(
+                f"a prompt holds something that is no integer ({err}); accepted are text, token ids, and "
+                "{'prompt_token_ids': [...]}"
+            ) from err
 
     def _output(self, finished: Sequence[FinishedRequest]) -> RequestOutput:
         """The output of a prompt from its completions."""
@@ -271,6 +278,18 @@ class LLM:
         return {
             token: replace(value, decoded_token=decode([token])) for token, value in entry.items()
         }
+
+
+def _usable_device(name: str) -> torch.device:
+    """The device, once it has held an element."""
+    try:
+        return torch.empty(1, device=name).device
+    # What torch raises depends on the device and on how torch was built.
+    except (RuntimeError, AssertionError, NotImplementedError) as err:
+        raise ConfigError(
+            f"device={name!r} cannot be used ({str(err).splitlines()[0]}); accepted are 'cpu', and 'cuda' where torch "
+            "sees a GPU"
+        ) from err
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -12,6 +12,8 @@ from routing_replay.engine.request import Request
 
 __all__ = ["SampledToken", "sample", "score"]
 
+_TOKENS_PER_BLOCK = 128
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
@@ -96,19 +98,40 @@ def _choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     draws = [request.params.temperature > 0 for request in requests]
     if not any(draws):
         return logits.argmax(dim=-1)
-    cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)
+    probs = logits.softmax(dim=-1)
     uniform = torch.zeros(len(requests), 1, dtype=torch.float64, device=logits.device)
     for row, request in enumerate(requests):
         if draws[row]:
             uniform[row].uniform_(generator=request.generator)
-    total = cumulative[:, -1:].contiguous()
-    drawn = torch.searchsorted(cumulative, uniform * total, right=True)
-    # Rounding can bring the product up to the total, past the last token of any probability.
-    last = torch.searchsorted(cumulative, total)
-    drawn = torch.minimum(drawn, last).squeeze(1)
+    drawn = _inverse_cdf(probs, uniform)
     if all(draws):
         return drawn
     return torch.where(torch.tensor(draws, device=logits.device), drawn, logits.argmax(dim=-1))
+
+
+def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the cumulative distribution of float32 `[S, V]` passes float64 `[S, 1]`, int64 `[S]`.
+
+    Blocks of tokens first, then the tokens of one block: running sums over whole rows would take longer than all else
+    that the sampler does.
+    """
+    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % _TOKENS_PER_BLOCK))
+    blocks = blocks.unflatten(1, (-1, _TOKENS_PER_BLOCK))
+    block_ends = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    total = block_ends[:, -1:].contiguous()
+    block = _first_past(block_ends, uniform * total)
+    before = torch.nn.functional.pad(block_ends, (1, 0)).gather(1, block)
+    inside = blocks.take_along_dim(block[:, :, None], dim=1).squeeze(1).double().cumsum(dim=-1)
+    # Rounding can also bring a target below the start of its block, to a token without any probability.
+    target = (uniform * total - before).clamp_min(0.0)
+    return (block * _TOKENS_PER_BLOCK + _first_past(inside, target)).squeeze(1)
+
+
+def _first_past(cumulative: Tensor, target: Tensor) -> Tensor:
+    """The first entry of `[S, N]` above `[S, 1]`, at most the last one that adds anything."""
+    found = torch.searchsorted(cumulative, target, right=True)
+    # Rounding can bring a target up to the total, past the last entry of any probability.
+    return torch.minimum(found, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous()))
 
 
 def _entries(

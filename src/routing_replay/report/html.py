@@ -47,6 +47,7 @@ def render_html(
     title: str,
     facts: Mapping[str, str],
     decode: Callable[[Sequence[int]], str] | None = None,
+    caveats: Sequence[str] = (),
 ) -> str:
     """Draw an audit as one page that needs no network.
 
@@ -55,6 +56,7 @@ def render_html(
         title: Heading of the page.
         facts: What was audited: model, precisions, seeds, versions.
         decode: Text of tokens; None shows their ids.
+        caveats: What else a reader must know, of the rollout: shown below the figures.
 
     Returns:
         HTML; all text in it is escaped.
@@ -81,7 +83,7 @@ def render_html(
         result=result,
         num_samples=len(details.samples),
         rows=figure_rows(result, _number),
-        notes=audit_notes(result),
+        notes=[*audit_notes(result), *caveats],
         layers=layers,
         layer_chart=layer_chart(layers),
         ratio_chart=ratio_chart(histogram),

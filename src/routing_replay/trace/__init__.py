@@ -4,6 +4,7 @@ Depends on numpy alone; torch is imported only inside `RoutingTrace.to_torch`. T
 format is specified in `docs/trace_format.md`.
 """
 
+from routing_replay.trace._codecs import CODEC_NAMES
 from routing_replay.trace._digest import token_digests
 from routing_replay.trace._dtype import trace_id_dtype
 from routing_replay.trace._export import EXPORT_FORMATS, ExportFormat
@@ -22,6 +23,7 @@ from routing_replay.trace._trace import RoutingTrace
 from routing_replay.trace._wire import decode_trace, encode_trace
 
 __all__ = [
+    "CODEC_NAMES",
     "EXPORT_FORMATS",
     "ExportFormat",
     "PackedSequence",

@@ -12,7 +12,7 @@ from typing import Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from routing_replay.errors import IntegrationError, TraceFormatError
+from routing_replay.errors import ConfigError, IntegrationError, TraceFormatError
 from routing_replay.trace._bits import pack_fields, unpack_fields
 from routing_replay.trace._json import describe
 from routing_replay.trace._set_code import SetCode, rank_width, set_code
@@ -257,23 +257,44 @@ def _check_bools(spec: SectionSpec, stored: npt.NDArray[np.uint8]) -> None:
         )
 
 
-def codec_by_name(name: str) -> PayloadCodec:
-    """Return the codec that a header or a caller names.
+_CODECS: tuple[PayloadCodec, ...] = (
+    RawCodec(),
+    PackedCodec(),
+    ZstdCodec(RawCodec()),
+    ZstdCodec(PackedCodec()),
+)
+
+CODEC_NAMES = tuple(codec.name for codec in _CODECS)
+"""Every codec, by its name in headers and arguments."""
+
+
+def codec_named(name: str) -> PayloadCodec | None:
+    """Return the codec of a name, or None where this version of the library does not know it."""
+    return next((codec for codec in _CODECS if codec.name == name), None)
+
+
+def chosen_codec(name: str) -> PayloadCodec:
+    """Return the codec that a caller asks for.
+
+    Raises:
+        ConfigError: There is no such codec.
+    """
+    codec = codec_named(name)
+    if codec is None:
+        raise ConfigError(f"codec={name!r}; accepted are {', '.join(map(repr, CODEC_NAMES))}")
+    return codec
+
+
+def stored_codec(name: str) -> PayloadCodec:
+    """Return the codec that a header names.
 
     Raises:
         TraceFormatError: This version of the library does not know the codec.
     """
-    codecs: tuple[PayloadCodec, ...] = (
-        RawCodec(),
-        PackedCodec(),
-        ZstdCodec(RawCodec()),
-        ZstdCodec(PackedCodec()),
-    )
-    for codec in codecs:
-        if codec.name == name:
-            return codec
-    raise TraceFormatError(
-        f"codec = {describe(name)} is not known; this version knows "
-        f"{', '.join(repr(codec.name) for codec in codecs)}; write the trace with one of them, or read it with a newer "
-        "routing-replay"
-    )
+    codec = codec_named(name)
+    if codec is None:
+        raise TraceFormatError(
+            f"codec = {describe(name)} is not known; this version knows {', '.join(map(repr, CODEC_NAMES))}; read the "
+            "trace with a newer routing-replay"
+        )
+    return codec

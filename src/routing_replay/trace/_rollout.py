@@ -8,6 +8,7 @@ from pathlib import Path
 
 from routing_replay.errors import ConfigError, TraceFormatError
 from routing_replay.trace._closing import Closing
+from routing_replay.trace._codecs import chosen_codec
 from routing_replay.trace._store_reader import TraceStoreReader
 from routing_replay.trace._store_writer import TraceStoreWriter
 from routing_replay.trace._trace import RoutingTrace
@@ -57,7 +58,7 @@ class RolloutWriter(Closing):
         codec: Codec of the traces.
 
     Raises:
-        ConfigError: The folder holds something already.
+        ConfigError: The folder holds something already, or there is no such codec.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class RolloutWriter(Closing):
             raise ConfigError(
                 f"{self.folder} holds something already; choose a folder that does not exist, or remove it first"
             )
+        chosen_codec(codec)  # before anything is made
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / _FACTS).write_text(json.dumps(dict(facts), indent=2) + "\n")
         self._store = TraceStoreWriter(self.folder / _TRACES, codec=codec)

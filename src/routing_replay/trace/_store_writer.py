@@ -10,7 +10,7 @@ from pathlib import Path
 
 from routing_replay.errors import ConfigError, TraceFormatError
 from routing_replay.trace._closing import Closing
-from routing_replay.trace._codecs import codec_by_name
+from routing_replay.trace._codecs import chosen_codec
 from routing_replay.trace._file import flush_folder
 from routing_replay.trace._store_flushed import (
     FLUSHED_NAME,
@@ -49,14 +49,15 @@ class TraceStoreWriter(Closing):
         codec: How traces are encoded, as for `encode_trace`.
 
     Raises:
-        ConfigError: Another writer has the store open, or the path holds something else than a store.
-        TraceFormatError: The codec is not known, or the store is damaged; nothing is changed.
+        ConfigError: There is no such codec, another writer has the store open, or the path holds something else than
+            a store.
+        TraceFormatError: The store is damaged; nothing is changed.
         OSError: The file system refuses.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, codec: str = "raw") -> None:
         self.path = Path(path)
-        self._codec = codec_by_name(codec).name
+        self._codec = chosen_codec(codec).name
         self._process_id = os.getpid()
         self._num_cut_bytes = 0
         _make_folder(self.path)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from routing_replay.errors import TraceFormatError
-from routing_replay.trace._codecs import PayloadCodec, SectionSpec, codec_by_name
+from routing_replay.trace._codecs import PayloadCodec, SectionSpec, chosen_codec, stored_codec
 from routing_replay.trace._dtype import (
     DigestArray,
     IdArray,
@@ -38,11 +38,12 @@ def encode_trace(trace: RoutingTrace, *, codec: str = "raw") -> bytes:
 
     Raises:
         TraceFormatError: The content is not valid (see `RoutingTrace.validate`), so that no reader
-            would accept the bytes; or the codec is not known, or cannot store so many experts.
+            would accept the bytes; or the codec cannot store so many experts.
+        ConfigError: There is no such codec.
         IntegrationError: The codec needs the package zstandard, which is missing.
     """
     trace.validate()
-    return _encode(trace, codec_by_name(codec))
+    return _encode(trace, chosen_codec(codec))
 
 
 def _encode(trace: RoutingTrace, codec: PayloadCodec) -> bytes:
@@ -102,7 +103,7 @@ def decode_trace(
     view = memoryview(data).cast("B")
     header, payload_at = decode_header(view)
     payload = view[payload_at:]
-    codec = codec_by_name(header.codec)
+    codec = stored_codec(header.codec)
     if header.ordered and not codec.keeps_order:
         raise TraceFormatError(
             f"header.ordered is true, but codec {codec.name} keeps no order; it must be false"

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -421,6 +422,18 @@ def test_audit_says_when_traces_hold_no_order(rollout: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "as sets" in done.stdout
     assert "as sets" not in _run("audit", rollout, "-m", "tiny-moe").stdout
+
+
+def test_audit_says_when_sampling_left_the_models_distribution(rollout: Path, tmp_path: Path):
+    shutil.copytree(rollout, tmp_path / "warm")
+    facts = json.loads((tmp_path / "warm" / "rollout.json").read_text())
+    audited = _run("audit", rollout, "-m", "tiny-moe", "--json")
+    assert json.loads(audited.stdout)["caveats"] == []
+    (tmp_path / "warm" / "rollout.json").write_text(json.dumps({**facts, "temperature": 0.7}))
+    page = tmp_path / "page.html"
+    done = _run("audit", tmp_path / "warm", "-m", "tiny-moe", "--report", page)
+    assert "sampled with temperature 0.7" in " ".join(done.stdout.split())
+    assert "sampled with temperature 0.7" in page.read_text()
 
 
 def test_audit_refuses_logprobs_of_another_distribution(rollout: Path, tmp_path: Path):

@@ -205,3 +205,12 @@ def test_chat_template_can_refuse_messages(folder: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="refuses the messages: no system turn"):
         tokenizer.render_chat([{"role": "system", "content": "x"}])
     assert load_tokenizer(folder) is None
+
+
+def test_prompts_and_devices_that_cannot_be_used_are_refused(llm: LLM, folder: Path):
+    for prompt in ([1.5, 2], {"prompt_token_ids": ["1"]}):
+        with pytest.raises(ConfigError, match="holds something that is no integer"):
+            llm.generate([prompt])  # pyright: ignore[reportArgumentType]
+    for device in ("cpux", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"device='{device}' cannot be used"):
+            LLM(folder, device=device)

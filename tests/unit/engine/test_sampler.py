@@ -47,6 +47,28 @@ def test_top_k_and_top_p_cut_and_renormalise():
     assert _draw(500, top_p=1e-9)[0] == 1
 
 
+@pytest.mark.parametrize("vocab_size", [1, 127, 128, 129, 4001])
+def test_draws_are_those_of_the_running_sum_over_the_whole_vocabulary(vocab_size: int):
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = torch.randn(64, vocab_size, generator=generator) * 3
+    if vocab_size > 128:
+        logits[:, :128] = -torch.inf  # a whole block without any probability
+    requests = [_request(seed) for seed in range(64)]
+    drawn = [token.token_id for token in sample(logits, requests, LogprobsMode.RAW)]
+    uniform = torch.stack(
+        [
+            torch.zeros(1, dtype=torch.float64).uniform_(
+                generator=torch.Generator().manual_seed(seed)
+            )
+            for seed in range(64)
+        ]
+    )
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    assert drawn == expected.tolist()
+    assert (logits.softmax(-1).gather(1, torch.tensor(drawn)[:, None]) > 0).all()
+
+
 def test_greedy_takes_the_smaller_id_of_a_tie():
     logits = torch.tensor([[0.0, 3.0, 3.0]])
     assert sample(logits, [_request(temperature=0.0)], LogprobsMode.RAW)[0].token_id == 1

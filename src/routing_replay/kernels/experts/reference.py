@@ -10,7 +10,7 @@ from routing_replay.kernels.experts.activation import (
     SwigluParameters,
     apply_activation,
 )
-from routing_replay.kernels.linear import linear, multiply_rows
+from routing_replay.kernels.linear import linear, multiply_rows, suits_few_rows
 
 __all__ = ["ExpertWeights", "combine_reference", "experts_reference"]
 
@@ -48,8 +48,11 @@ def _grouped_linear(
     """Multiply rows `[group_ends[e-1], group_ends[e])`, `counts[e]` of them, of `x` `[rows, in]` by `weight[e]^T`."""
     if _can_group(x, weight) and not batch_invariant:
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=group_ends)
+    rows_of_all = x.to(weight.dtype)
+    if not batch_invariant and suits_few_rows(rows_of_all, weight, max(counts)):
+        return _few_rows_linear(rows_of_all, weight, counts).to(x.dtype)
     groups: list[Tensor] = []
-    for rows, expert in zip(x.to(weight.dtype).split(counts), weight.unbind(), strict=True):
+    for rows, expert in zip(rows_of_all.split(counts), weight.unbind(), strict=True):
         if rows.shape[0] == 0:
             continue
         if batch_invariant:
@@ -57,6 +60,17 @@ def _grouped_linear(
         else:
             groups.append(multiply_rows(rows, expert))
     return torch.cat(groups).to(x.dtype)
+
+
+def _few_rows_linear(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    """Multiply groups of few rows with the weight as the left factor, all groups into one transposed output."""
+    transposed = x.new_empty(weight.shape[1], x.shape[0])
+    columns = x.t().split(counts, dim=1)
+    outputs = transposed.split(counts, dim=1)
+    for out, rows, expert in zip(outputs, columns, weight.unbind(), strict=True):
+        if rows.shape[1]:
+            torch.mm(expert, rows, out=out)
+    return transposed.t().contiguous()
 
 
 def experts_reference(
@@ -140,6 +154,11 @@ def combine_reference(
         return gemm2_output.new_zeros(num_tokens, hidden_size)
     row_idx = expanded_idx_to_permuted_idx.reshape(num_tokens, top_k).long()
     total = torch.zeros(num_tokens, hidden_size, dtype=torch.float32, device=gemm2_output.device)
+    if gemm2_output.shape[0] == num_tokens * top_k:  # every pair was computed
+        for rank in range(top_k):
+            rows = gemm2_output.index_select(0, row_idx[:, rank]).float()
+            total = total + rows * topk_weights[:, rank, None]
+        return total.to(gemm2_output.dtype)
     for rank in range(top_k):
         is_computed = (row_idx[:, rank] >= 0).unsqueeze(1)
         rows = gemm2_output.index_select(0, row_idx[:, rank].clamp_min(0)).float()
