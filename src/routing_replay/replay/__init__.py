@@ -1,7 +1,7 @@
 """Replay of captured routing in torch models, and the metrics that show that it works."""
 
 from routing_replay.replay._handle import ReplayHandle, attach
-from routing_replay.replay._plan import ModelRouting, OnMissing, ReplayPlan, TokenIds
+from routing_replay.replay._plan import OnMissing, ReplayPlan, TokenIds
 from routing_replay.replay._recording import RecordedRouting
 from routing_replay.replay._stats import LayerReplayStats, ReplayStats
 from routing_replay.replay.layout import Layout, Packed, Padded
@@ -24,7 +24,6 @@ __all__ = [
     "Interval",
     "LayerReplayStats",
     "Layout",
-    "ModelRouting",
     "ObservedExpertIds",
     "OnMissing",
     "Packed",

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from torch import nn
 
 from routing_replay.errors import UnsupportedModelError
-from routing_replay.replay._plan import ModelRouting
+from routing_replay.trace import ModelRouting
 
 _LAYER_IN_PATH = re.compile(r"(?:^|\.)layers\.(\d+)(?=\.)")
 

@@ -10,9 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 from routing_replay.errors import ReplayError
 from routing_replay.replay._discovery import FoundRouter
-from routing_replay.replay._plan import ModelRouting
 from routing_replay.replay._state import ReplayState
 from routing_replay.replay._stats import LayerCounter
+from routing_replay.trace import ModelRouting
 
 _TOPK_FUNCTIONS = (torch.topk, torch.Tensor.topk)
 _TOPK_PARAMETERS = ("input", "k", "dim", "largest", "sorted")

@@ -11,12 +11,12 @@ from torch.utils.hooks import RemovableHandle
 from routing_replay.errors import ReplayError
 from routing_replay.replay._discovery import FoundRouters, find_routers
 from routing_replay.replay._forcing import LayerTag, RouterForward
-from routing_replay.replay._plan import ModelRouting, OnMissing, ReplayPlan, TokenIds, build_plan
+from routing_replay.replay._plan import OnMissing, ReplayPlan, TokenIds, build_plan
 from routing_replay.replay._recording import RecordedRouting, Recorder
 from routing_replay.replay._state import ReplayState
 from routing_replay.replay._stats import LayerCounter, ReplayStats
 from routing_replay.replay.layout import Layout
-from routing_replay.trace import RoutingTrace
+from routing_replay.trace import ModelRouting, RoutingTrace
 
 
 def attach(model: nn.Module) -> "ReplayHandle":

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from routing_replay.errors import ReplayError
-from routing_replay.replay._plan import ModelRouting, ReplayPlan
+from routing_replay.replay._plan import ReplayPlan
 from routing_replay.replay._recording import Recorder
 from routing_replay.replay._stats import LayerCounter, count_mismatched
+from routing_replay.trace import ModelRouting
 
 
 class MicrobatchRecord:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from routing_replay.errors import ConfigError, TraceFormatError, TraceMismatchError
 from routing_replay.replay.layout import Layout
-from routing_replay.trace import RoutingTrace
+from routing_replay.trace import ModelRouting, RoutingTrace
 
 OnMissing = Literal["error", "native", "mask_loss", "drop"]
 """What a due row that no trace has becomes.
@@ -27,23 +27,6 @@ OnMissing = Literal["error", "native", "mask_loss", "drop"]
 
 TokenIds = Sequence[int] | npt.NDArray[np.integer] | Tensor
 """The token ids of one whole sequence, `[tokens]`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRouting:
-    """What a trace must agree with to be replayed in a model.
-
-    Attributes:
-        layer_ids: Decoder layers (0-based) that have a router, increasing, L of them.
-        num_layers: Decoder layers of the model, dense ones included.
-        num_experts: Routed experts, E.
-        top_k: Experts per token, K.
-    """
-
-    layer_ids: tuple[int, ...]
-    num_layers: int
-    num_experts: int
-    top_k: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from routing_replay.errors import ConfigError, ReplayError
-from routing_replay.replay._plan import ModelRouting, TokenIds, checked_tokens
+from routing_replay.replay._plan import TokenIds, checked_tokens
 from routing_replay.replay.layout import Layout
-from routing_replay.trace import RoutingTrace, token_digests
+from routing_replay.trace import ModelRouting, RoutingTrace, token_digests
 
 
 class Recorder:

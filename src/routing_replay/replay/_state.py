@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from routing_replay.errors import ConfigError, ReplayError
 from routing_replay.replay._microbatch import MicrobatchRecord
-from routing_replay.replay._plan import ModelRouting, ReplayPlan, native_plan
+from routing_replay.replay._plan import ReplayPlan, native_plan
 from routing_replay.replay._recording import Recorder
+from routing_replay.trace import ModelRouting
 
 
 class ReplayState:

@@ -9,6 +9,7 @@ from routing_replay.trace._digest import token_digests
 from routing_replay.trace._dtype import trace_id_dtype
 from routing_replay.trace._export import EXPORT_FORMATS, ExportFormat
 from routing_replay.trace._file import load_trace, save_trace
+from routing_replay.trace._model_routing import ModelRouting
 from routing_replay.trace._pack import PackedSequence, PackedTraces, pack_traces
 from routing_replay.trace._rollout import (
     RolloutReader,
@@ -26,6 +27,7 @@ __all__ = [
     "CODEC_NAMES",
     "EXPORT_FORMATS",
     "ExportFormat",
+    "ModelRouting",
     "PackedSequence",
     "PackedTraces",
     "RolloutReader",

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from routing_replay.errors import ReplayError, UnsupportedModelError
-from routing_replay.replay import ModelRouting, attach
+from routing_replay.replay import attach
+from routing_replay.trace import ModelRouting
 from unit.replay.tiny_qwen3_moe import build_model, make_batch, random_traces, snapshot
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from routing_replay.replay import ModelRouting
 from routing_replay.replay._forcing import ForcedTopK
+from routing_replay.trace import ModelRouting
 
 ROUTING = ModelRouting(layer_ids=(0,), num_layers=1, num_experts=8, top_k=2)
 IDS = torch.tensor([[7, 0], [3, 4], [5, 1]])

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from routing_replay.errors import ConfigError, TraceFormatError, TraceMismatchError
-from routing_replay.replay import ModelRouting, Packed, Padded
+from routing_replay.replay import Packed, Padded
 from routing_replay.replay._plan import build_plan, native_plan
-from routing_replay.trace import RoutingTrace
+from routing_replay.trace import ModelRouting, RoutingTrace
 from unit.replay.tiny_qwen3_moe import LAYER_IDS, NUM_LAYERS, make_trace, random_ids
 
 ROUTING = ModelRouting(layer_ids=LAYER_IDS, num_layers=NUM_LAYERS, num_experts=8, top_k=2)

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from routing_replay.errors import ReplayError
-from routing_replay.replay import ModelRouting, Packed
+from routing_replay.replay import Packed
 from routing_replay.replay._recording import Recorder, in_rank_order
+from routing_replay.trace import ModelRouting
 
 ROUTING = ModelRouting(layer_ids=(1, 3), num_layers=4, num_experts=4, top_k=3)
 SELECTION = torch.tensor([[0.1, 0.4, 0.4, 0.3]])
