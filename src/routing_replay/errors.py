@@ -5,6 +5,7 @@ Each class is also a standard-library type, so that a caller who knows nothing o
     RoutingReplayError
     ├── ConfigError            (ValueError)           an argument or option is not accepted
     ├── TraceFormatError       (ValueError)           bytes or arrays are not a well-formed trace
+    │   └── RoutingDiagnosisError                     an engine's routing is wrong in ways that have names
     ├── TraceMismatchError     (ValueError)           a well-formed trace that belongs to other tokens or another model
     ├── CaptureError           (RuntimeError)         routing was not captured as promised
     │   └── CaptureOverflowError                      more rows than the device cache was sized for
@@ -15,12 +16,15 @@ Each class is also a standard-library type, so that a caller who knows nothing o
 Messages say what is wrong, the values, what is accepted, and what to do. Every class is picklable.
 """
 
+from collections.abc import Sequence
+
 __all__ = [
     "CaptureError",
     "CaptureOverflowError",
     "ConfigError",
     "IntegrationError",
     "ReplayError",
+    "RoutingDiagnosisError",
     "RoutingReplayError",
     "TraceFormatError",
     "TraceMismatchError",
@@ -38,6 +42,21 @@ class ConfigError(RoutingReplayError, ValueError):
 
 class TraceFormatError(RoutingReplayError, ValueError):
     """Bytes or arrays do not form a valid trace: truncated, altered, wrong shape, ids out of range."""
+
+
+class RoutingDiagnosisError(TraceFormatError):
+    """An engine's routing is wrong in ways that have names.
+
+    Attributes:
+        findings: What was found, `routing_replay.trace.importers.Finding` each, worst first.
+    """
+
+    def __init__(self, message: str, findings: Sequence[object] = ()) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return type(self), (*self.args, self.findings)
 
 
 class TraceMismatchError(RoutingReplayError, ValueError):

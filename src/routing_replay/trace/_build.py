@@ -53,8 +53,11 @@ def narrow_ids(captured: IntArray, valid: ValidArray, *, num_experts: int, start
     """
     dtype = trace_id_dtype(num_experts)
     top_k = captured.shape[2]
-    outside = ((captured < 0) | (captured >= num_experts)) & valid[:, None, None]
-    if outside.any():
+    all_valid = bool(valid.all())
+    # The extremes first: they need no temporary of the array's size.
+    in_range = not captured.size or (captured.min() >= 0 and captured.max() < num_experts)
+    outside = None if in_range else _outside(captured, valid, num_experts)
+    if outside is not None and outside.any():
         first = np.unravel_index(int(np.argmax(outside)), outside.shape)
         row, slot, rank = (int(idx) for idx in first)
         raise TraceFormatError(
@@ -67,9 +70,16 @@ def narrow_ids(captured: IntArray, valid: ValidArray, *, num_experts: int, start
             f"ids has top_k = {top_k} columns but num_experts = {num_experts}; the experts of a row"
             f" are distinct"
         )
+    if all_valid:
+        return np.ascontiguousarray(captured, dtype=dtype)
     narrowed = captured.astype(dtype, order="C")
     narrowed[~valid] = np.arange(top_k, dtype=dtype)
     return narrowed
+
+
+def _outside(captured: IntArray, valid: ValidArray, num_experts: int) -> npt.NDArray[np.bool_]:
+    """Which ids of valid rows are no expert's."""
+    return ((captured < 0) | (captured >= num_experts)) & valid[:, None, None]
 
 
 def clear_missing_weights(weights: WeightArray | None, valid: ValidArray) -> WeightArray | None:

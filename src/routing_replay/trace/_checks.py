@@ -9,6 +9,7 @@ from routing_replay.errors import TraceFormatError
 from routing_replay.trace._dtype import (
     DigestArray,
     IdArray,
+    IntArray,
     ValidArray,
     WeightArray,
     trace_id_dtype,
@@ -201,7 +202,7 @@ def _check_ids(trace: TraceFields, ids: IdArray, *, first_row: int) -> None:
             f" {trace.start + first_row + row}, decoder layer {trace.layer_ids[slot]}) is outside"
             f" [0, {trace.num_experts}); check num_experts, or mark the row in valid"
         )
-    repeated = _repeats_expert(ids)
+    repeated = repeats_expert(ids)
     if repeated.any():
         row, slot = _first_index(repeated)
         raise TraceFormatError(
@@ -211,7 +212,7 @@ def _check_ids(trace: TraceFields, ids: IdArray, *, first_row: int) -> None:
         )
 
 
-def _repeats_expert(ids: IdArray) -> ValidArray:
+def repeats_expert(ids: IntArray) -> ValidArray:
     """Tell for every row and layer whether an expert occurs twice."""
     top_k = ids.shape[2]
     if top_k > _MAX_PAIRWISE_TOP_K:
