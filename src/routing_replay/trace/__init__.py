@@ -7,7 +7,6 @@ format is specified in `docs/trace_format.md`.
 from routing_replay.trace._codecs import CODEC_NAMES
 from routing_replay.trace._digest import token_digests
 from routing_replay.trace._dtype import trace_id_dtype
-from routing_replay.trace._export import EXPORT_FORMATS, ExportFormat
 from routing_replay.trace._file import load_trace, save_trace
 from routing_replay.trace._model_routing import ModelRouting
 from routing_replay.trace._pack import PackedSequence, PackedTraces, pack_traces
@@ -22,11 +21,13 @@ from routing_replay.trace._store_writer import TraceStoreWriter
 from routing_replay.trace._tensors import TraceTensors
 from routing_replay.trace._trace import RoutingTrace
 from routing_replay.trace._wire import decode_trace, encode_trace
+from routing_replay.trace.export import EXPORT_FORMATS, ExportFormat, ExportParameters
 
 __all__ = [
     "CODEC_NAMES",
     "EXPORT_FORMATS",
     "ExportFormat",
+    "ExportParameters",
     "ModelRouting",
     "PackedSequence",
     "PackedTraces",

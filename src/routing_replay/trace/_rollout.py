@@ -1,9 +1,10 @@
 """A rollout on disk: tokens and logprobs as JSON lines, their routing in a trace store beside them."""
 
 import json
+import operator
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from routing_replay.errors import ConfigError, TraceFormatError
@@ -47,6 +48,39 @@ class RolloutSample:
     def all_token_ids(self) -> tuple[int, ...]:
         """Prompt and completion."""
         return (*self.prompt_token_ids, *self.token_ids)
+
+    def truncate(self, num_tokens: int) -> "RolloutSample":
+        """Cut completion, logprobs and routing together.
+
+        The trace keeps one row for every token but the last, as that of a completion that ended here. The text cannot
+        be cut by tokens, so that a shorter sample has none.
+
+        Args:
+            num_tokens: Tokens that stay, prompt included: all of the prompt at least.
+
+        Returns:
+            The shorter sample, with `finish_reason` "length", or this one where nothing is cut.
+
+        Raises:
+            ConfigError: `num_tokens` cuts the prompt, or leaves no row of a trace that starts later.
+        """
+        kept = operator.index(num_tokens)
+        num_prompt = len(self.prompt_token_ids)
+        if kept < max(num_prompt, 1):
+            raise ConfigError(
+                f"truncate({kept}) cuts the prompt of sample {self.key!r}, which has {num_prompt} tokens; pass "
+                f"num_tokens >= {max(num_prompt, 1)}"
+            )
+        if kept >= num_prompt + len(self.token_ids):
+            return self
+        return replace(
+            self,
+            token_ids=self.token_ids[: kept - num_prompt],
+            logprobs=self.logprobs[: kept - num_prompt],
+            trace=self.trace.slice(self.trace.start, min(kept - 1, self.trace.end)),
+            text="",
+            finish_reason="length",
+        )
 
 
 class RolloutWriter(Closing):

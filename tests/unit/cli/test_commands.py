@@ -1,6 +1,5 @@
 """Every command as a user runs it: what it prints, what it writes, how it fails."""
 
-import base64
 import io
 import json
 import shutil
@@ -21,7 +20,6 @@ from routing_replay.cli.prompts import load_prompts
 from routing_replay.cli.provenance import checkout_commit
 from routing_replay.errors import ConfigError, IntegrationError, TraceMismatchError
 from routing_replay.trace import (
-    EXPORT_FORMATS,
     RolloutReader,
     RolloutSample,
     RolloutWriter,
@@ -169,52 +167,6 @@ def test_inspect_loads_neither_torch_nor_transformers(rollout: Path):
     )
     done = _spawn("inspect", rollout / "traces.rrs", code=code)
     assert done.stdout.splitlines()[-1] == "False False"
-
-
-@pytest.mark.parametrize("name", [item.name for item in EXPORT_FORMATS])
-def test_export_writes_every_trace_of_a_rollout(rollout: Path, tmp_path: Path, name: str):
-    done = _run("export", rollout, "--to", name, "-o", tmp_path / "out", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["traces"] == 6
-    index = json.loads((tmp_path / "out" / "index.json").read_text())
-    with TraceStoreReader(rollout / "traces.rrs") as reader:
-        for file, key in index.items():
-            ids = _read_export(name, tmp_path / "out" / file)
-            assert np.array_equal(ids, reader[key].ids)
-    again = _run("export", rollout, "--to", name, "-o", tmp_path / "out")
-    assert (again.returncode, "holds something already" in again.stderr) == (2, True)
-
-
-def _read_export(name: str, path: Path) -> np.ndarray:
-    if name == "npz":
-        with np.load(path) as arrays:
-            assert int(arrays["num_experts"]) == 64
-            return arrays["ids"]
-    if name == "safetensors":
-        from safetensors.numpy import load_file
-
-        return load_file(path)["ids"]
-    return np.load(io.BytesIO(base64.b64decode(path.read_bytes())))
-
-
-def test_export_for_vllm_fills_dense_layers_and_refuses_missing_rows():
-    vllm = next(item for item in EXPORT_FORMATS if item.name == "vllm")
-    ids = np.array([[[5, 2], [0, 7]], [[1, 3], [6, 4]]])
-    facts = {"token_ids": [1, 2, 3], "layer_ids": [1, 3], "num_layers": 4, "num_experts": 8}
-    trace = RoutingTrace.from_rows(ids, **facts)
-    array = np.load(io.BytesIO(base64.b64decode(vllm.encode(trace))))
-    assert array.dtype == np.uint8
-    assert array.tolist() == [[[0, 1], [5, 2], [0, 1], [0, 7]], [[0, 1], [1, 3], [0, 1], [6, 4]]]
-    with pytest.raises(TraceMismatchError, match="token index 1 is missing"):
-        vllm.encode(RoutingTrace.from_rows(ids, valid=[True, False], **facts))
-    with pytest.raises(TraceMismatchError, match="token index 0 is missing"):
-        vllm.encode(RoutingTrace.from_rows(ids[1:], start=1, **facts))
-
-
-def test_export_refuses_an_unknown_format(rollout: Path, tmp_path: Path):
-    done = _run("export", rollout, "--to", "pickle", "-o", tmp_path / "x")
-    assert done.returncode == 2
-    assert "accepted are npz" in done.stderr
 
 
 def test_doctor_tries_everything():
@@ -452,23 +404,6 @@ def test_audit_refuses_logprobs_of_another_distribution(rollout: Path, tmp_path:
 def test_audit_refuses_one_sample(rollout: Path):
     done = _run("audit", rollout, "-m", "tiny-moe", "--max-samples", 1)
     assert (done.returncode, "max_samples=1; accepted is 2 or more" in done.stderr) == (2, True)
-
-
-def test_export_that_cannot_be_expressed_leaves_nothing(tmp_path: Path):
-    ids = np.array([[[5, 2]], [[1, 3]]])
-    facts = {"token_ids": [1, 2, 3], "layer_ids": [0], "num_layers": 1, "num_experts": 8}
-    with TraceStoreWriter(tmp_path / "t.rrs") as writer:
-        writer.append("good", RoutingTrace.from_rows(ids, **facts))
-        writer.append("gap", RoutingTrace.from_rows(ids, valid=[True, False], **facts))
-    done = _run("export", tmp_path / "t.rrs", "--to", "vllm", "-o", tmp_path / "out")
-    assert (done.returncode, "token index 1 is missing" in done.stderr) == (1, True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.rrs"]
-    (tmp_path / "file").write_text("x")
-    done = _run("export", tmp_path / "t.rrs", "--to", "npz", "-o", tmp_path / "file")
-    assert (done.returncode, "is a file" in done.stderr) == (2, True)
-    done = _run("export", tmp_path / "t.rrs", "--to", "npz", "-o", tmp_path / "out" / "deep")
-    assert done.returncode == 0
-    assert len(list((tmp_path / "out" / "deep").iterdir())) == 3
 
 
 def test_doctor_reports_what_fails_and_what_is_missing(
