@@ -36,7 +36,9 @@ def diagnose_dense(ids: IntArray, routing: ModelRouting) -> list[Finding]:
     if not dense or not len(ids):
         return []
     slots = ids[:, dense]
-    filled = (slots != 0).any(axis=(0, 2)) & (slots != np.arange(routing.top_k)).any(axis=(0, 2))
+    is_zero = (slots == 0).all(axis=2)
+    is_range = (slots == np.arange(routing.top_k)).all(axis=2)
+    filled = ~(is_zero | is_range).all(axis=0)
     if not filled.any():
         return []
     layer_idx = dense[int(np.argmax(filled))]

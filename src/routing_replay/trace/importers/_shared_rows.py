@@ -14,6 +14,8 @@ from routing_replay.trace.importers._finding import Finding
 
 __all__ = ["find_shared_rows"]
 
+_KEY_BITS = 64
+
 
 def find_shared_rows(
     requests: Mapping[str, tuple[RoutingTrace, TokenIds]],
@@ -33,7 +35,7 @@ def find_shared_rows(
     Runtime: allocates 24 bytes a row.
     """
     names = list(requests)
-    keys = [_row_keys(trace.ids) for trace, _ in requests.values()]
+    keys = [_run_keys(trace) for trace, _ in requests.values()]
     if not names or not sum(map(len, keys)):
         return ()
     owner = np.repeat(np.arange(len(names)), [len(item) for item in keys])
@@ -54,15 +56,34 @@ def find_shared_rows(
     return tuple(findings.values())
 
 
+def _bits_per_row(trace: RoutingTrace) -> float:
+    return trace.num_moe_layers * math.log2(math.comb(trace.num_experts, trace.top_k))
+
+
+def _run_keys(trace: RoutingTrace) -> npt.NDArray[np.uint64]:
+    """A 64-bit key for each run of rows long enough that chance hardly repeats it; of a large model, for each row."""
+    keys = _row_keys(trace.ids)
+    length = math.ceil(_KEY_BITS / max(_bits_per_row(trace), 1.0))
+    num_runs = max(0, len(keys) - length + 1)
+    runs = np.zeros(num_runs, np.uint64)
+    for offset, factor in enumerate(_odd_factors(length)):
+        runs += keys[offset : offset + num_runs] * factor
+    return runs
+
+
+def _odd_factors(count: int) -> npt.NDArray[np.uint64]:
+    """Factors drawn once for all: sums of products tell rows apart as a random hash does."""
+    drawn = np.random.default_rng(0).integers(1 << 63, size=count, dtype=np.uint64)
+    return 2 * drawn + np.uint64(1)
+
+
 def _row_keys(ids: IntArray) -> npt.NDArray[np.uint64]:
     """A 64-bit key for each row; equal rows have equal keys."""
-    rows = np.ascontiguousarray(ids).reshape(len(ids), -1).view(np.uint8)
+    rows = np.ascontiguousarray(ids).reshape(len(ids), ids.shape[1] * ids.shape[2]).view(np.uint8)
     padded = np.zeros((len(rows), -(-rows.shape[1] // 8) * 8), np.uint8)
     padded[:, : rows.shape[1]] = rows
     words = padded.view(np.uint64)
-    # Odd multipliers, drawn once for all: sums of products tell rows apart as a random hash does.
-    multipliers = np.random.default_rng(0).integers(1 << 63, size=words.shape[1], dtype=np.uint64)
-    return (words * (2 * multipliers + np.uint64(1))).sum(axis=1, dtype=np.uint64)
+    return (words * _odd_factors(words.shape[1])).sum(axis=1, dtype=np.uint64)
 
 
 def _longest_foreign_run(
@@ -81,9 +102,8 @@ def _longest_foreign_run(
     my_tokens = np.asarray(tokens)[trace.start + first : trace.start + first + count]
     offset = other.start + first - shift
     foreign = equal & (my_tokens != np.asarray(other_tokens)[offset : offset + count])
-    bits = trace.num_moe_layers * math.log2(math.comb(trace.num_experts, trace.top_k))
     # A token in a new context may well meet the experts that it met before; another token does so by chance alone.
-    needed = max(3, math.ceil(SURPRISE_BITS / max(bits, 1e-9)))
+    needed = max(3, math.ceil(SURPRISE_BITS / max(_bits_per_row(trace), 1e-9)))
     if int(foreign.sum()) < needed:
         return None
     at = int(np.argmax(foreign))
