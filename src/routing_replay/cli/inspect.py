@@ -1,120 +1,102 @@
-"""`routing-replay inspect`: describe and validate a trace, a store of traces, or a rollout."""
+"""`routing-replay inspect`: describe and validate a trace, a store, a rollout, or an engine's responses.
 
+Its arguments are read by the standard library: it is the one command that works where numpy alone is installed.
+"""
+
+import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-from tyro.conf import Positional, arg
+from routing_replay.errors import ConfigError
+from routing_replay.trace.inspection import inspect_path
 
-from routing_replay.errors import ConfigError, RoutingReplayError
-from routing_replay.trace import (
-    RolloutReader,
-    RoutingTrace,
-    TraceStoreReader,
-    is_rollout,
-    load_trace,
-)
-
-__all__ = ["InspectOptions", "run_inspect"]
+__all__ = ["InspectOptions", "parse_inspect", "run_inspect"]
 
 _SHOWN_PROBLEMS = 10
+_LISTED = ("problems", "layouts", "facts", "findings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectOptions:
-    """Describe and validate a trace (.rrt), a store of traces (.rrs), or a rollout.
+    """What to look at.
 
-    Example: routing-replay inspect rollout/
+    Attributes:
+        path: A trace (.rrt), a store (.rrs), a rollout, or an engine's responses (.json, .jsonl).
+        config: The model's config.json, which responses need.
+        prompt: A JSON file with the prompt's token ids, where responses do not repeat them.
+        start: Token index of the responses' first row.
+        json: Print JSON.
     """
 
-    path: Positional[Annotated[Path, arg(metavar="FILE")]]
-    """A trace file, a store, or a folder that "routing-replay rollout" wrote."""
-
+    path: Path
+    config: Path | None = None
+    prompt: Path | None = None
+    start: int = 0
     json: bool = False
-    """Print JSON."""
 
 
-def _describe(trace: RoutingTrace) -> dict[str, object]:
-    return {
-        "tokens": [trace.start, trace.end],
-        "rows": trace.num_rows,
-        "valid_rows": int(trace.valid.sum()),
-        "moe_layers": trace.num_moe_layers,
-        "num_layers": trace.num_layers,
-        "layer_ids": list(trace.layer_ids),
-        "num_experts": trace.num_experts,
-        "top_k": trace.top_k,
-        "ordered": trace.ordered,
-        "weights_version": [list(run) for run in trace.weights_version],
-        "weights": None if trace.weights is None else trace.weights.dtype.name,
-    }
+def parse_inspect(arguments: Sequence[str]) -> InspectOptions:
+    """Read the command's arguments; exits with 2 where they are wrong, with 0 after --help.
+
+    Args:
+        arguments: Words after the command's name.
+
+    Returns:
+        The options.
+    """
+    parser = argparse.ArgumentParser(
+        prog="routing-replay inspect",
+        description="Describe and validate a trace, a store, a rollout, or an engine's responses.",
+        epilog="Example: routing-replay inspect rollout/ | routing-replay inspect response.json --config config.json",
+    )
+    add = parser.add_argument
+    add("path", type=Path, metavar="PATH", help="a trace (.rrt), a store (.rrs), a rollout, or responses of vLLM, SGLang, NeMo-RL or Megatron (.json, or .jsonl with one a line)")  # fmt: skip
+    add("--config", type=Path, metavar="FILE", help="the model's config.json, which responses need")  # fmt: skip
+    add("--prompt", type=Path, metavar="FILE", help="a JSON list of the prompt's token ids, where responses do not repeat them")  # fmt: skip
+    add("--start", type=int, default=0, metavar="N", help="token index of the first row (routed_experts_prompt_start, routed_experts_start_len)")  # fmt: skip
+    add("--json", action="store_true", help="print JSON")
+    return InspectOptions(**vars(parser.parse_args(list(arguments))))
 
 
-def _summarise(named: Iterable[tuple[str, RoutingTrace | RoutingReplayError]]) -> dict[str, object]:
-    """Totals over many traces, and what is wrong with which."""
-    problems: dict[str, str] = {}
-    layouts: set[tuple[object, ...]] = set()
-    count = rows = valid = 0
-    for key, trace in named:
-        count += 1
-        if isinstance(trace, RoutingReplayError):
-            problems[key] = str(trace)
-            continue
-        rows += trace.num_rows
-        valid += int(trace.valid.sum())
-        layouts.add((trace.num_layers, trace.layer_ids, trace.num_experts, trace.top_k))
-    return {
-        "traces": count,
-        "rows": rows,
-        "valid_rows": valid,
-        "layouts": [
-            {"num_layers": n, "layer_ids": list(ids), "num_experts": experts, "top_k": k}
-            for n, ids, experts, k in sorted(layouts, key=str)
-            if isinstance(ids, tuple)
-        ],
-        "problems": problems,
-    }
+def _token_ids(path: Path) -> list[int]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"prompt={path} cannot be read ({err}); pass a JSON list of token ids") from err  # fmt: skip
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ConfigError(f"prompt={path} holds no list of token ids; pass one such as [1, 2, 3]")
+    return value
 
 
-def _traces_of(reader: TraceStoreReader) -> Iterable[tuple[str, RoutingTrace | RoutingReplayError]]:
-    for key in reader:
-        try:
-            trace = reader[key]
-            trace.validate()
-            yield key, trace
-        except RoutingReplayError as err:
-            yield key, err
-
-
-def _inspect_rollout(path: Path) -> dict[str, object]:
-    with RolloutReader(path) as rollout:
-        found = _summarise(_traces_of(rollout.traces))
-        tokens = 0
-        problems = found["problems"]
-        assert isinstance(problems, dict)
-        try:
-            # Each sample is checked against its trace as it is read.
-            tokens = sum(len(sample.token_ids) for sample in rollout)
-        except RoutingReplayError as err:
-            problems["samples.jsonl"] = str(err)
-        return {"samples": len(rollout), "tokens": tokens, **found, "facts": rollout.facts}
-
-
-def _inspect(path: Path) -> dict[str, object]:
-    if not path.exists():
-        raise ConfigError(f"path={path} does not exist; pass a trace, a store, or a rollout")
-    if path.is_file():
-        trace = load_trace(path)
-        size = path.stat().st_size
-        per_row = {"bytes_per_row": round(size / trace.num_rows, 2)} if trace.num_rows else {}
-        return {"kind": "trace", "file_bytes": size, **per_row, **_describe(trace)}
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    if is_rollout(path):
-        return {"kind": "rollout", "file_bytes": size, **_inspect_rollout(path)}
-    with TraceStoreReader(path) as reader:
-        return {"kind": "store", "file_bytes": size, **_summarise(_traces_of(reader))}
+def _print(found: Mapping[str, object]) -> None:
+    width = max(map(len, (*found, "PROBLEM")))
+    for name, value in found.items():
+        if name not in _LISTED:
+            print(f"{name:<{width}}  {value}")
+    layouts, findings = found.get("layouts", []), found.get("findings", [])
+    assert isinstance(layouts, list)
+    assert isinstance(findings, list)
+    for layout in layouts:
+        print(f"{'layout':<{width}}  " + ", ".join(f"{k} {v}" for k, v in layout.items()))
+    for finding in findings:
+        known = f" (known: {', '.join(finding['upstream'])})" if finding["upstream"] else ""
+        print(f"{finding['severity'].upper():<{width}}  {finding['where']}: {finding['code']}: {finding['message']}")  # fmt: skip
+        print(f"{'':<{width}}  {finding['cause']}{known}")
+    problems = found.get("problems", {})
+    assert isinstance(problems, dict)
+    explained = {finding["where"] for finding in findings}
+    untold = [
+        (key, problem)
+        for key, problem in problems.items()
+        if key not in explained and not key.startswith("rows ")
+    ]
+    for key, problem in untold[:_SHOWN_PROBLEMS]:
+        print(f"{'PROBLEM':<{width}}  {key}: {problem}")
+    if len(untold) > _SHOWN_PROBLEMS:
+        print(f"{'':<{width}}  and {len(untold) - _SHOWN_PROBLEMS} more; --json lists all")
+    print(f"{'valid':<{width}}  {'no' if problems else 'yes'}")
 
 
 def run_inspect(options: InspectOptions) -> int:
@@ -127,26 +109,17 @@ def run_inspect(options: InspectOptions) -> int:
         0 if everything is valid, otherwise 1.
 
     Raises:
-        ConfigError: There is nothing at the path.
+        ConfigError: There is nothing at the path, or responses come without a config.
         TraceFormatError: The file is not a valid trace.
     """
-    found = _inspect(options.path)
-    problems = found.get("problems", {})
-    assert isinstance(problems, dict)
+    found = inspect_path(
+        options.path,
+        config=options.config,
+        prompt_token_ids=None if options.prompt is None else _token_ids(options.prompt),
+        start=options.start,
+    )
     if options.json:
         print(json.dumps(found))
-        return 1 if problems else 0
-    width = max(map(len, found))
-    for name, value in found.items():
-        if name not in ("problems", "layouts", "facts"):
-            print(f"{name:<{width}}  {value}")
-    layouts = found.get("layouts", [])
-    assert isinstance(layouts, list)
-    for layout in layouts:
-        print(f"{'layout':<{width}}  " + ", ".join(f"{k} {v}" for k, v in layout.items()))
-    for key, problem in list(problems.items())[:_SHOWN_PROBLEMS]:
-        print(f"{'PROBLEM':<{width}}  {key}: {problem}")
-    if len(problems) > _SHOWN_PROBLEMS:
-        print(f"{'':<{width}}  and {len(problems) - _SHOWN_PROBLEMS} more; --json lists all")
-    print(f"{'valid':<{width}}  {'no' if problems else 'yes'}")
-    return 1 if problems else 0
+    else:
+        _print(found)
+    return 1 if found.get("problems") else 0

@@ -16,7 +16,10 @@ _EXTRA = "pip install 'routing-replay[demo]'"
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """A command: `cli/<name>.py` holds `<Name>Options` and `run_<name>`, and is imported when it is asked for."""
+    """A command: `cli/<name>.py` holds `<Name>Options` and `run_<name>`, and is imported when it is asked for.
+
+    Where it also holds `parse_<name>`, that reads its words; tyro reads those of the others.
+    """
 
     name: str
     summary: str
@@ -26,7 +29,9 @@ _COMMANDS = (
     _Command("demo", "sample, audit and prove replay on this machine, with the embedded model"),
     _Command("rollout", "generate from a file of prompts; store tokens, logprobs and traces"),
     _Command("audit", "recompute a rollout with Transformers, natively and replayed, and report"),
-    _Command("inspect", "describe and validate a trace, a store of traces, or a rollout"),
+    _Command(
+        "inspect", "describe and validate a trace, a store, a rollout, or an engine's responses"
+    ),
     _Command("export", "write traces in a shape that other programs read"),
     _Command("doctor", "show versions, devices, and which features work here"),
 )
@@ -49,9 +54,19 @@ def _usage() -> str:
     )
 
 
-def _load(name: str) -> tuple[type, Callable[[object], int]]:
+def _parse(name: str, words: Sequence[str]) -> tuple[object, Callable[[object], int]]:
+    """The options of a command, and what runs it; a command reads its words itself, or leaves it to tyro."""
     module = import_module(f"routing_replay.cli.{name}")
-    return getattr(module, f"{name.capitalize()}Options"), getattr(module, f"run_{name}")
+    run: Callable[[object], int] = getattr(module, f"run_{name}")
+    parse: Callable[[Sequence[str]], object] | None = getattr(module, f"parse_{name}", None)
+    if parse is not None:
+        return parse(words), run
+    import tyro
+
+    options_type: type = getattr(module, f"{name.capitalize()}Options")
+    prog = f"routing-replay {name}"
+    config = (tyro.conf.FlagCreatePairsOff,)
+    return tyro.cli(options_type, prog=prog, args=list(words), config=config), run
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -69,15 +84,7 @@ def _run(arguments: Sequence[str]) -> int:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"command {name!r} is not known; accepted are {', '.join(names)}{hint}")
-    import tyro
-
-    options_type, run = _load(name)
-    options = tyro.cli(
-        options_type,
-        prog=f"routing-replay {name}",
-        args=rest,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    options, run = _parse(name, rest)
     return run(options)
 
 

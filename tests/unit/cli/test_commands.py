@@ -349,12 +349,12 @@ def test_rollout_that_is_stopped_keeps_what_it_had(tmp_path: Path, kind: signal.
 
 @pytest.mark.parametrize(
     ("command", "missing"),
-    [("audit", "transformers"), ("rollout", "tokenizers"), ("inspect", "tyro"), ("demo", "torch")],
+    [("audit", "transformers"), ("rollout", "tokenizers"), ("export", "tyro"), ("demo", "torch")],
 )
 def test_missing_package_is_one_line(tmp_path: Path, command: str, missing: str):
     (tmp_path / "p.txt").write_text("a\n")
     words = {"audit": (tmp_path, "-m", "tiny-moe"), "rollout": ("tiny-moe", tmp_path / "p.txt", "-o", tmp_path / "x"),
-             "inspect": (tmp_path,), "demo": ()}  # fmt: skip
+             "export": (tmp_path,), "demo": ()}  # fmt: skip
     done = _spawn(
         command, *words[command], code=f"import sys; sys.modules[{missing!r}] = None\n{CODE}"
     )
