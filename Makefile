@@ -18,16 +18,19 @@ WRITE_CONSTRAINTS := import sys; from importlib.metadata import requires, versio
 	sys.stdout.writelines([*pins, "torch==" + version("torch") + "\n"])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-wheel check format clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 demo: $(VENV)/.demo-installed ## capture, compare, replay, prove: the whole idea on this machine
 	$(BIN)/routing-replay demo
 
 test: $(VENV)/.dev-installed ## run the tests
 	$(BIN)/python -m pytest
+
+test-wheel: $(VENV)/.created ## build the wheel, and use it where numpy alone is installed
+	$(BIN)/python scripts/check_wheel.py
 
 check: $(VENV)/.dev-installed ## format, lint, types, import directions, architecture tests
 	$(BIN)/ruff format --check .

@@ -1,46 +1,19 @@
 """Measure the trace store: appends with and without a flush each, opening, random reads; write JSON.
 
-python benchmarks/trace/store_speed.py --out docs/results/trace_store.json --commit "$(git rev-parse HEAD)"
+python benchmarks/trace/store_speed.py --out docs/results/trace_store.json
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from measuring import provenance, seconds, skewed_trace
 
-from routing_replay.trace import RoutingTrace, TraceStoreReader, TraceStoreWriter
-
-# Qwen3-30B-A3B: layers, experts, experts a token.
-LAYERS, NUM_EXPERTS, TOP_K = 48, 128, 8
-CODECS = ("raw", "packed", "raw+zstd", "packed+zstd")
-
-
-def random_trace(rows: int) -> RoutingTrace:
-    """Return a trace with popular experts, other ones in each layer, as routers have."""
-    rng = np.random.default_rng(0)
-    popularity = rng.gumbel(size=(1, LAYERS, NUM_EXPERTS))
-    keys = popularity + rng.gumbel(size=(rows, LAYERS, NUM_EXPERTS))
-    return RoutingTrace.from_rows(
-        np.argsort(-keys, axis=-1)[..., :TOP_K],
-        token_ids=rng.integers(0, 150_000, rows),
-        layer_ids=range(LAYERS),
-        num_layers=LAYERS,
-        num_experts=NUM_EXPERTS,
-    )
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Return the time of a call."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+from routing_replay.trace import CODEC_NAMES, RoutingTrace, TraceStoreReader, TraceStoreWriter
 
 
 def append_all(path: Path, trace: RoutingTrace, *, count: int, codec: str, flush: bool) -> float:
@@ -64,7 +37,7 @@ def measure_codec(
     folder: Path, rows: int, count: int, codec: str, repeats: int
 ) -> dict[str, object]:
     """Measure appends and reads with one codec; medians of new stores."""
-    trace = random_trace(rows)
+    trace = skewed_trace(rows)
     times: dict[str, list[float]] = {"append": [], "append_flush": [], "read": []}
     nbytes = 0
     for repeat in range(repeats):
@@ -95,7 +68,7 @@ def measure_codec(
 def measure_opening(folder: Path, num_traces: int, repeats: int) -> dict[str, object]:
     """Time opening a large store, and reading one trace of it at random."""
     path = folder / "large.rrs"
-    trace = random_trace(4)
+    trace = skewed_trace(4)
     append_all(path, trace, count=num_traces, codec="raw", flush=False)
     opens: list[float] = []
     reads: list[float] = []
@@ -118,19 +91,10 @@ def measure_opening(folder: Path, num_traces: int, repeats: int) -> dict[str, ob
     }
 
 
-def cpu_name() -> str:
-    """Return the processor's name as Linux gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def main() -> None:
     """Measure every codec and the opening of a large store."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--commit", required=True)
     parser.add_argument(
         "--folder", type=Path, help="where stores are written; default: a temporary one"
     )
@@ -142,16 +106,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         record = {
-            "commit": arguments.commit,
-            "cpu": cpu_name(),
-            "num_cpus": os.cpu_count(),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "L_E_K": [LAYERS, NUM_EXPERTS, TOP_K],
+            **provenance(),
+            "shape": "48 layers, E 128, K 8",
             "page_cache": "warm",
             "codecs": [
                 measure_codec(folder, arguments.rows, arguments.count, codec, arguments.repeats)
-                for codec in CODECS
+                for codec in CODEC_NAMES
             ],
             "large": measure_opening(folder, arguments.traces, arguments.repeats),
         }
