@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from routing_replay.integrations.requests import RolloutRequest, SamplingSettings
     from routing_replay.trace import ModelRouting, RolloutSample
 
-__all__ = ["foreign_engine"]
+__all__ = ["REFUSED_OFFLINE", "REFUSED_SERVER", "REFUSED_SGLANG", "foreign_engine"]
 
 Encode = Callable[[str], Sequence[int]]
 EncodeChat = Callable[[Sequence[Message]], Sequence[int]]
@@ -33,7 +33,7 @@ _NO_SEEDS = (
 _STARTED_ALREADY = "a running server has its own; start it with this option instead"
 _ENGINE_OPTIONS = ("dtype", "max_num_seqs", "max_num_batched_tokens", "max_model_len")
 
-_REFUSED_OFFLINE: Mapping[str, str] = {
+REFUSED_OFFLINE: Mapping[str, str] = {
     "seed": _NO_SEEDS,
     "device": "vLLM chooses the device; it is that of its build",
     "batch_invariant": "vLLM has its own switch, the environment variable VLLM_BATCH_INVARIANT",
@@ -42,23 +42,23 @@ _REFUSED_OFFLINE: Mapping[str, str] = {
     "api_key_file": "for a server, with --url",
     "max_concurrency": "for a server, with --url; vLLM in this process has --max-num-seqs",
 }
-_REFUSED_SERVER: Mapping[str, str] = {
+REFUSED_SERVER: Mapping[str, str] = {
     "seed": _NO_SEEDS,
     "device": _STARTED_ALREADY,
     "batch_invariant": _STARTED_ALREADY,
     "engine_args": _STARTED_ALREADY,
     **dict.fromkeys(_ENGINE_OPTIONS, _STARTED_ALREADY),
 }
-_REFUSED_SGLANG: Mapping[str, str] = {
-    **_REFUSED_SERVER,
+REFUSED_SGLANG: Mapping[str, str] = {
+    **REFUSED_SERVER,
     "served_model": "an SGLang server serves one model",
 }
 
 
 def _refused(options: RolloutOptions) -> Mapping[str, str]:
     if options.engine == "sglang":
-        return _REFUSED_SGLANG
-    return _REFUSED_OFFLINE if options.url is None else _REFUSED_SERVER
+        return REFUSED_SGLANG
+    return REFUSED_OFFLINE if options.url is None else REFUSED_SERVER
 
 
 def _check_options(options: RolloutOptions) -> None:

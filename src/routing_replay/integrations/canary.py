@@ -5,7 +5,7 @@ The canary asks for prompts whose rows are known to be equal, or known to differ
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -59,6 +59,26 @@ class CanaryConfig:
                 f"first_token_id={self.first_token_id} with last_token_id={self.last_token_id}; accepted is "
                 "0 <= first_token_id < last_token_id"
             )
+
+    def within(self, max_model_len: int) -> "CanaryConfig":
+        """Shorten the long prompt to what an engine takes.
+
+        Args:
+            max_model_len: Longest prompt with its completion, in tokens.
+
+        Returns:
+            This configuration, or one with a shorter long prompt.
+
+        Raises:
+            ConfigError: Not even the short prompts fit.
+        """
+        room = max_model_len - self.max_tokens
+        if room < self.num_prompt_tokens:
+            raise ConfigError(
+                f"max_model_len={max_model_len}; the canary needs {self.num_prompt_tokens + self.max_tokens}: raise it, or "
+                "pass a canary with num_prompt_tokens and max_tokens that fit"
+            )
+        return replace(self, num_long_prompt_tokens=min(self.num_long_prompt_tokens, room))
 
 
 def _prompts(config: CanaryConfig) -> dict[str, tuple[int, ...]]:

@@ -72,9 +72,11 @@ class SglangServer:
                 allow_untested_version=allow_untested_version,
             )
             check_server_options(info)
+            asked = canary if canary is not None else CanaryConfig()
+            longest = info.get("max_req_input_len")
             run_canary(
                 self.rollout,
-                canary if canary is not None else CanaryConfig(),
+                asked.within(longest) if isinstance(longest, int) else asked,
                 engine=f"SGLang {version} at {server.url}",
                 remedies=SGLANG_REMEDIES,
             )

@@ -144,7 +144,7 @@ class VllmOffline:
         engine = self._llm.llm_engine
         params = self._params(settings)
         waiting: dict[str, RolloutRequest] = {}
-        internal: list[str] = []
+        internal: dict[str, str] = {}  # vLLM's own names, by which it aborts
         try:
             for request in requests:
                 name = str(self._num_requests)
@@ -154,7 +154,7 @@ class VllmOffline:
                 )
                 if added is not None:
                     waiting[name] = request
-                    internal.append(added)
+                    internal[name] = added
             while waiting:
                 for output in engine.step():
                     request = waiting.pop(output.request_id)
@@ -166,7 +166,7 @@ class VllmOffline:
                             yield sample
         finally:
             if waiting:
-                engine.abort_request(internal, internal=True)
+                engine.abort_request([internal[name] for name in waiting], internal=True)
 
     def logprobs_mode(self, settings: SamplingSettings) -> str:
         """Return which distribution logprobs are of, under vLLM's names.
@@ -192,11 +192,11 @@ class VllmOffline:
         self.close()
 
     def _canary_config(self) -> CanaryConfig:
-        default = CanaryConfig()
         config = self._llm.llm_engine.vllm_config
-        room = config.model_config.max_model_len - default.max_tokens
-        chunked = config.scheduler_config.max_num_batched_tokens + default.num_prompt_tokens
-        return CanaryConfig(num_long_prompt_tokens=min(chunked, room))
+        chunked = config.scheduler_config.max_num_batched_tokens + CanaryConfig().num_prompt_tokens
+        return CanaryConfig(num_long_prompt_tokens=chunked).within(
+            config.model_config.max_model_len
+        )
 
     def _params(self, settings: SamplingSettings) -> object:
         vllm = self._vllm

@@ -65,10 +65,11 @@ class VllmServer:
                 table=VLLM_VERSIONS,
                 allow_untested_version=allow_untested_version,
             )
-            self._model = self._served_model(model, server.url)
+            self._model, max_model_len = self._served_model(model, server.url)
+            asked = canary if canary is not None else CanaryConfig()
             run_canary(
                 self.rollout,
-                canary if canary is not None else CanaryConfig(),
+                asked if max_model_len is None else asked.within(max_model_len),
                 engine=f"vLLM {version} at {server.url}",
                 remedies=VLLM_REMEDIES,
             )
@@ -173,14 +174,16 @@ class VllmServer:
             )
         return answer["version"]
 
-    def _served_model(self, wanted: str | None, url: str) -> str:
+    def _served_model(self, wanted: str | None, url: str) -> tuple[str, int | None]:
+        """Name of the model, and its longest sequence in tokens where the server tells."""
         answer = self._client.get("/v1/models")
         entries = answer.get("data", []) if isinstance(answer, dict) else []
-        names = [entry["id"] for entry in entries if isinstance(entry, dict) and "id" in entry]
-        if wanted is None and len(names) == 1:
-            return names[0]
-        if wanted in names:
-            return cast("str", wanted)
+        lengths = {e["id"]: e.get("max_model_len") for e in entries if isinstance(e, dict)}
+        names = list(lengths)
+        name = names[0] if wanted is None and len(names) == 1 else wanted
+        if name is not None and name in lengths:
+            length = lengths[name]
+            return name, length if isinstance(length, int) else None
         asked = "no model was named" if wanted is None else f"model {wanted!r} was asked for"
         raise ConfigError(f"{url} serves {names}, and {asked}; name one that it serves")
 
