@@ -18,10 +18,10 @@ WRITE_CONSTRAINTS := import sys; from importlib.metadata import requires, versio
 	sys.stdout.writelines([*pins, "torch==" + version("torch") + "\n"])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-wheel check format clean
+.PHONY: help demo test test-wheel test-verl test-skyrl check format clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo-installed ## capture, compare, replay, prove: the whole idea on this machine
 	$(BIN)/routing-replay demo
@@ -31,6 +31,12 @@ test: $(VENV)/.dev-installed ## run the tests
 
 test-wheel: $(VENV)/.created ## build the wheel, and use it where numpy alone is installed
 	$(BIN)/python scripts/check_wheel.py
+
+test-verl: .venv-verl/.installed ## run verl's and Megatron-Core's own code on our exports
+	$(call EXTERNAL_TEST,verl)
+
+test-skyrl: .venv-skyrl/.installed ## run SkyRL's own code on our exports
+	$(call EXTERNAL_TEST,skyrl)
 
 check: $(VENV)/.dev-installed ## format, lint, types, import directions, architecture tests
 	$(BIN)/ruff format --check .
@@ -44,7 +50,7 @@ format: $(VENV)/.dev-installed ## format the code and fix what the linter can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and all caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo-results
+	rm -rf $(VENV) .venv-verl .venv-skyrl .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo-results
 
 # A torch >= 2.11 that is already there is used: the environment sees it, and the pin becomes its version.
 # Otherwise torch comes first and alone, so that an index with a CPU build gives that one.
@@ -71,3 +77,28 @@ $(VENV)/.dev-installed: $(VENV)/.created
 	@grep -q '^triton==' $(VENV)/constraints.txt || \
 		{ echo "$(PINNED_TRITON) goes beside the Triton of torch"; $(PIP) --no-deps --target $(VENV)/triton-pinned '$(PINNED_TRITON)'; }
 	@touch $@ $(VENV)/.demo-installed
+
+# Peers are installed without their dependencies, most of which their functions here do not import, and then with those
+# that they do import, inside the peer's own bounds. Megatron-Core comes in the newest version that fits this Python.
+EXTERNAL_TEST = PYTHONPATH=tests .venv-$(1)/bin/python -m pytest --quiet --confcutdir=tests/external \
+	-p external.result_plugin --override-ini filterwarnings=ignore --result docs/results/interop_$(1).json tests/external/$(1)
+EXTERNAL_PIP = .venv-$(1)/bin/python -m pip install --quiet --disable-pip-version-check
+MEGATRON := megatron-core>=0.16.1,<0.20
+
+.venv-verl/.installed: constraints.txt Makefile
+	$(PYTHON) -m venv .venv-verl && echo '*' > .venv-verl/.gitignore
+	$(call EXTERNAL_PIP,verl) '$(TORCH)'
+	$(call EXTERNAL_PIP,verl) '$(TORCH)' pytest numpy '$(MEGATRON)' 'transformers>=5.5.3,<5.11,!=5.6.0' 'tensordict>=0.8,<=0.10,!=0.9.0' \
+		ray omegaconf hydra-core pydantic datasets pillow codetiming cachetools aiohttp fastapi uvicorn
+	$(call EXTERNAL_PIP,verl) --no-deps verl==0.9.1 --editable .
+	@touch $@
+
+# SkyRL asks for Python 3.12; its functions here run on 3.11 too.
+.venv-skyrl/.installed: constraints.txt Makefile
+	$(PYTHON) -m venv .venv-skyrl && echo '*' > .venv-skyrl/.gitignore
+	$(call EXTERNAL_PIP,skyrl) '$(TORCH)'
+	$(call EXTERNAL_PIP,skyrl) '$(TORCH)' pytest numpy '$(MEGATRON)' transformers ray torchdata omegaconf pydantic datasets \
+		jaxtyping loguru orjson pybase64 cloudpathlib aiohttp httpx typing-extensions
+	$(call EXTERNAL_PIP,skyrl) --no-deps --ignore-requires-python skyrl==0.4.0 skyrl-gym
+	$(call EXTERNAL_PIP,skyrl) --no-deps --editable .
+	@touch $@
