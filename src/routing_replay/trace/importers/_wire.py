@@ -13,8 +13,6 @@ import numpy.typing as npt
 from routing_replay.errors import TraceFormatError
 from routing_replay.trace._dtype import IntArray
 
-__all__ = ["Wire", "array_of", "decode_base64", "decode_npy", "decode_struct", "from_bytes"]
-
 Wire = str | bytes | Mapping[str, object] | Sequence[object] | npt.NDArray[np.generic]
 """What an engine hands out: base64 text, bytes, a struct, nested lists, or an array."""
 
