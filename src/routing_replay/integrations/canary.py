@@ -11,6 +11,7 @@ from typing import cast
 import numpy as np
 
 from routing_replay.errors import CaptureError, ConfigError, RoutingDiagnosisError
+from routing_replay.integrations.http import RefusedRequestError
 from routing_replay.integrations.requests import RolloutRequest, SamplingSettings
 from routing_replay.trace import RolloutSample, RoutingTrace
 from routing_replay.trace.importers import Finding, find_shared_rows
@@ -20,8 +21,8 @@ __all__ = ["CanaryConfig", "run_canary"]
 Generate = Callable[[Sequence[RolloutRequest], SamplingSettings], Iterator[RolloutSample]]
 
 _BRANCH_POINTS = (8, 12, 16)
-# Batches and chunks of other sizes round otherwise, and change about one set in ten (bfloat16, random weights: 0.05 of
-# all sets, measured), mostly by one of its ids. Rows of other tokens share about K / E of their ids.
+# Batches and chunks of other sizes round otherwise: about one set in twenty changes (bfloat16, random weights, measured),
+# mostly by one of its ids. Rows of other tokens share about K / E of their ids.
 _SAME_TOKENS = 0.8
 _LAST_SHARED_TOKEN = 0.5
 
@@ -114,6 +115,7 @@ def run_canary(
 
     Raises:
         CaptureError: A row is wrong; the message has the reason, its cause and the remedy.
+        ConfigError: The engine does not take the canary's prompts.
     """
     prompts = _prompts(config)
     settings = SamplingSettings(temperature=0.0, max_tokens=config.max_tokens, ignore_eos=True)
@@ -127,6 +129,10 @@ def run_canary(
         waves = [{s.key: s for s in generate(wave, settings)} for wave in (first, again)]
     except RoutingDiagnosisError as err:
         raise _refusal(engine, cast("Sequence[Finding]", err.findings), remedies) from err
+    except RefusedRequestError as err:
+        raise ConfigError(
+            f"the canary of {engine} was refused: {err}; pass a CanaryConfig whose lengths and token ids the model takes"
+        ) from err
     samples = {**waves[0], **waves[1]}
     shared = find_shared_rows({key: (s.trace, s.all_token_ids) for key, s in samples.items()})
     if shared:
@@ -158,9 +164,9 @@ def _overlap(one: RoutingTrace, other: RoutingTrace, rows: slice) -> float:
 
 def _num_common(one: RolloutSample, other: RolloutSample) -> int:
     """Rows whose tokens, and all before them, are the same."""
-    pairs = zip(one.all_token_ids, other.all_token_ids, strict=True)
+    pairs = zip(one.all_token_ids, other.all_token_ids, strict=False)
     differs = [index for index, (mine, theirs) in enumerate(pairs) if mine != theirs]
-    return min([one.trace.num_rows, *differs[:1]])
+    return min([one.trace.num_rows, other.trace.num_rows, *differs[:1]])
 
 
 def _cached_reason(samples: Mapping[str, RolloutSample]) -> str | None:

@@ -1,6 +1,7 @@
 """What every foreign engine offers, and how a failure stays with the completion that failed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isfinite
 from typing import Protocol, Self, TypeVar
 
 from routing_replay.errors import (
@@ -13,7 +14,7 @@ from routing_replay.integrations.http import RefusedRequestError
 from routing_replay.integrations.requests import RolloutRequest, SamplingSettings
 from routing_replay.trace import RolloutSample
 
-__all__ = ["OnFailure", "RolloutEngine", "made_or_failed"]
+__all__ = ["OnFailure", "RolloutEngine", "checked_logprobs", "made_or_failed"]
 
 T = TypeVar("T")
 
@@ -82,6 +83,32 @@ class RolloutEngine(Protocol):
     def __exit__(self, *exc_info: object) -> None:
         """Close."""
         ...
+
+
+def checked_logprobs(key: str, logprobs: Sequence[object], num_tokens: int) -> tuple[float, ...]:
+    """Return logprobs as a sample keeps them.
+
+    Args:
+        key: Of the completion, for messages.
+        logprobs: As an engine sent them.
+        num_tokens: Tokens of the completion.
+
+    Returns:
+        One finite number for each token.
+
+    Raises:
+        CaptureError: There are more or fewer, or one is missing or not finite.
+    """
+    values = tuple(
+        float(value) for value in logprobs if isinstance(value, int | float) and isfinite(value)
+    )
+    if not len(values) == len(logprobs) == num_tokens:
+        bad = next((v for v in logprobs if not isinstance(v, int | float) or not isfinite(v)), None)
+        raise CaptureError(
+            f"completion {key!r} has {num_tokens} tokens and {len(logprobs)} logprobs, {len(values)} of them finite numbers "
+            f"(first other: {bad!r}); the engine computed garbage, or does not return logprobs as it should"
+        )
+    return values
 
 
 def made_or_failed(key: str, make: Callable[[], T], on_failure: OnFailure | None) -> T | None:

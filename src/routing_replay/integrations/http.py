@@ -55,6 +55,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"url={self.url!r}; accepted is an address like http://host:8000")
+        if "@" in self.url:
+            raise ConfigError(
+                "url holds a name or password, which results would show; pass api_key"
+            )
         if self.max_concurrency < 1:
             raise ConfigError(f"max_concurrency={self.max_concurrency}; accepted is 1 or more")
         if self.max_retries < 0:
@@ -186,18 +190,34 @@ class HttpClient:
                 index, answer = self._call(answers.get())
                 yield index, lambda answer=answer: self._document(answer, path)
         finally:
-            self._call(stop(tasks))
+            if (
+                not self._loop.is_closed()
+            ):  # else the client was closed first, and has cancelled them
+                self._call(stop(tasks))
 
     def close(self) -> None:
-        """Close connections and end the thread."""
+        """Cancel what is under way, close connections, end the thread."""
         if self._loop.is_closed():
             return
-        self._call(self._client.aclose())
+
+        async def shut_down() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await self._client.aclose()
+
+        self._call(shut_down())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def _call(self, coroutine: Coroutine[object, object, T]) -> T:
+        if self._loop.is_closed():
+            coroutine.close()
+            raise EngineHttpError(
+                f"this client of {self._engine} at {self._config.url} is closed; make another one"
+            )
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     async def _send(

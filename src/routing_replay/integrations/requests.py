@@ -29,8 +29,8 @@ class RolloutRequest:
 class SamplingSettings:
     """How every request of a rollout is sampled.
 
-    There is no seed: engines draw from one stream for the batch, and a seed of its own for each request stops vLLM 0.30
-    where a prompt is prefilled in chunks. Every value is sent, so that no default of the server or of the model's
+    There is no seed: engines draw from one stream for the batch, and a seed of its own for each request stops vLLM's
+    CPU build 0.30.0 where a prompt is prefilled in chunks. Every value is sent, so that no default of the server or of the model's
     generation_config.json takes its place.
 
     Attributes:

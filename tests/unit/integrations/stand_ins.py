@@ -76,7 +76,8 @@ class FakeVllm:
     bodies: list[dict[str, object]] = field(default_factory=list)
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
-        return httpx.Response(200, json=self.answer(request.url.path, request.content))
+        answer = self.answer(request.url.path, request.content)
+        return httpx.Response(200, content=json.dumps(answer))
 
     def answer(self, path: str, content: bytes) -> object:
         if path == "/version":

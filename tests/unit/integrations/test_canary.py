@@ -141,6 +141,24 @@ def test_canary_fits_its_long_prompt_to_the_server():
         _start(FakeRouter(), max_model_len=23)
 
 
+def test_canary_that_the_model_does_not_take_is_said_so():
+    class Refusing(FakeVllm):
+        def __call__(self, request: httpx.Request) -> httpx.Response:
+            if request.url.path == "/v1/completions":
+                return httpx.Response(400, json={"error": {"message": "token id 255 is no token"}})
+            return super().__call__(request)
+
+    with pytest.raises(
+        ConfigError, match=r"canary of vLLM 0\.30\.0 .*refused.*255 is no token.*CanaryConfig"
+    ):
+        VllmServer(
+            ServerConfig(url="http://fake"),
+            routing=SMALL,
+            canary=CANARY,
+            transport=httpx.MockTransport(Refusing()),
+        )
+
+
 @pytest.mark.parametrize(
     "field",
     [

@@ -212,9 +212,23 @@ def test_closing_twice_is_once(connect: Callable[..., HttpClient]):
     assert not any("vLLM client" in thread.name for thread in threading.enumerate())
 
 
+def test_closing_the_client_cancels_what_is_under_way(connect: Callable[..., HttpClient]):
+    slow = Slow()
+    client = connect(slow, max_concurrency=3)
+    answers = client.post_each("/x", [{"number": 0}, {"number": 1000}, {"number": 1001}])
+    next(answers)
+    client.close()
+    assert (slow.cancelled, slow.waiting) == (2, 0)
+    with pytest.raises(EngineHttpError, match="is closed; make another one"):
+        next(answers)
+    with pytest.raises(EngineHttpError, match="is closed; make another one"):
+        client.get("/x")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
+        {"url": "http://name:password@host"},
         {"url": "host:8000"},
         {"url": "http://h", "max_concurrency": 0},
         {"url": "http://h", "max_retries": -1},
@@ -223,5 +237,5 @@ def test_closing_twice_is_once(connect: Callable[..., HttpClient]):
     ids=str,
 )
 def test_server_config_refuses(settings: dict[str, object]):
-    with pytest.raises(ConfigError, match="accepted is"):
+    with pytest.raises(ConfigError, match=r"accepted is|pass api_key"):
         ServerConfig(**settings)  # type: ignore[arg-type]

@@ -184,9 +184,24 @@ def test_a_bad_row_fails_its_completion_alone():
         ({"prompt_token_ids": None}, TraceMismatchError, "return_token_ids"),
         ({"token_ids": None}, CaptureError, "without tokens or logprobs"),
         ({"logprobs": None}, CaptureError, "without tokens or logprobs"),
+        (
+            {"logprobs": {"token_logprobs": [-1.0]}},
+            CaptureError,
+            "4 tokens and 1 logprobs, 1 of them",
+        ),
+        (
+            {"logprobs": {"token_logprobs": [-1.0, None, -1.0, -1.0]}},
+            CaptureError,
+            "3 of them .*None",
+        ),
+        (
+            {"logprobs": {"token_logprobs": [-1.0, 1e999, -1.0, -1.0]}},
+            CaptureError,
+            "first other: inf",
+        ),
         ({"routed_experts": "AAAA"}, RoutingReplayError, "npy"),
     ],
-    ids=["other prompt", "no prompt", "no tokens", "no logprobs", "no npy"],
+    ids=["other prompt", "no prompt", "no tokens", "no logprobs", "few", "none", "inf", "no npy"],
 )
 def test_a_field_that_is_missing_or_wrong_is_named(
     change: dict[str, object], error: type[RoutingReplayError], message: str

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self, cast
 
 from routing_replay.errors import CaptureError
 from routing_replay.integrations.canary import CanaryConfig, run_canary
-from routing_replay.integrations.engine import OnFailure, made_or_failed
+from routing_replay.integrations.engine import OnFailure, checked_logprobs, made_or_failed
 from routing_replay.integrations.http import EngineHttpError, HttpClient, ServerConfig
 from routing_replay.integrations.requests import (
     RolloutRequest,
@@ -262,4 +262,4 @@ def _tokens_and_logprobs(
             f"completion {key!r} has {len(output_ids)} output_ids that are not those of its {len(token_ids)} logprobs; "
             "streamed or merged answers cannot be used"
         )
-    return token_ids, tuple(float(entry[0]) for entry in entries)
+    return token_ids, checked_logprobs(key, [entry[0] for entry in entries], len(token_ids))

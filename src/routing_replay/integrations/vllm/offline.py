@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from routing_replay.errors import CaptureError, ConfigError, IntegrationError
 from routing_replay.integrations.canary import CanaryConfig, run_canary
-from routing_replay.integrations.engine import OnFailure, made_or_failed
+from routing_replay.integrations.engine import OnFailure, checked_logprobs, made_or_failed
 from routing_replay.integrations.http import RefusedRequestError
 from routing_replay.integrations.requests import (
     RolloutRequest,
@@ -240,12 +240,16 @@ class VllmOffline:
                 f"{completion.finish_reason!r}): it was aborted before it ran"
             )
         token_ids = tuple(completion.token_ids)
-        pairs = zip(completion.logprobs, token_ids, strict=True)
+        # Shorter by what is missing: checked_logprobs says so.
+        found = [
+            entry[token].logprob
+            for entry, token in zip(completion.logprobs, token_ids, strict=False)
+        ]
         return RolloutSample(
             key=key,
             prompt_token_ids=request.prompt_token_ids,
             token_ids=token_ids,
-            logprobs=tuple(float(entry[token].logprob) for entry, token in pairs),
+            logprobs=checked_logprobs(key, found, len(token_ids)),
             trace=import_vllm(
                 completion.routed_experts,
                 token_ids=[*request.prompt_token_ids, *token_ids],

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Self, cast
 
 from routing_replay.errors import CaptureError, ConfigError, TraceMismatchError
 from routing_replay.integrations.canary import CanaryConfig, run_canary
-from routing_replay.integrations.engine import OnFailure, made_or_failed
+from routing_replay.integrations.engine import OnFailure, checked_logprobs, made_or_failed
 from routing_replay.integrations.http import EngineHttpError, HttpClient, ServerConfig
 from routing_replay.integrations.requests import (
     RolloutRequest,
@@ -238,7 +238,7 @@ class VllmServer:
             key=key,
             prompt_token_ids=request.prompt_token_ids,
             token_ids=tuple(completion),
-            logprobs=tuple(values),
+            logprobs=checked_logprobs(key, values, len(completion)),
             trace=import_vllm(
                 cast("str", routed_experts),
                 token_ids=[*prompt, *completion],
