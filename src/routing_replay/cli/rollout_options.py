@@ -28,13 +28,13 @@ class RolloutOptions:
     engine: Literal["routing-replay", "vllm", "sglang"] = "routing-replay"
     """Who generates: this package's own engine, vLLM (in this process, or at --url), or SGLang (at --url)."""
 
-    url: str | None = None
+    url: Annotated[str | None, arg(metavar="URL")] = None
     """A running server, such as http://host:8000."""
 
     engine_args: Annotated[str | None, arg(metavar="JSON")] = None
     """Further arguments of vllm.LLM, such as '{"tensor_parallel_size": 8, "distributed_executor_backend": "ray"}'."""
 
-    served_model: str | None = None
+    served_model: Annotated[str | None, arg(metavar="NAME")] = None
     """The name under which a vLLM server serves the model; without it, the one model that it serves."""
 
     config: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -43,7 +43,7 @@ class RolloutOptions:
     api_key_file: Annotated[Path | None, arg(metavar="FILE")] = None
     """A file that holds the server's key."""
 
-    max_concurrency: int | None = None
+    max_concurrency: Annotated[int | None, arg(metavar="INT")] = None
     """Most requests under way at a server; 64 if not given."""
 
     allow_untested_version: bool = False
