@@ -216,7 +216,11 @@ def foreign_engine(options: RolloutOptions, prompts: PromptFile) -> SampleSource
 
     _check_options(options)
     settings = _settings(options)
-    folder = model_folder(options.model) if options.config is None else None
+    # A server has the weights.
+    with_weights = options.url is None
+    folder = (
+        model_folder(options.model, with_weights=with_weights) if options.config is None else None
+    )
     routing = ModelRouting.from_config(cast("Path", options.config or folder))
     engine = _open(options, routing, folder)
     try:

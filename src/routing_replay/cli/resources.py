@@ -10,11 +10,12 @@ EMBEDDED_MODEL = "tiny-moe"
 """The name of the embedded model."""
 
 
-def model_folder(name: str) -> Path:
+def model_folder(name: str, *, with_weights: bool = True) -> Path:
     """Return the folder of a model.
 
     Args:
         name: A folder, a name on the Hugging Face hub, or that of the embedded model.
+        with_weights: Whether weights are needed, and fetched for a name on the hub.
 
     Returns:
         The folder.
@@ -25,7 +26,11 @@ def model_folder(name: str) -> Path:
     from routing_replay.assets import tiny_moe_path
     from routing_replay.models import find_model_folder
 
-    return tiny_moe_path() if name == EMBEDDED_MODEL else find_model_folder(name)
+    return (
+        tiny_moe_path()
+        if name == EMBEDDED_MODEL
+        else find_model_folder(name, with_weights=with_weights)
+    )
 
 
 def check_device(name: str) -> None:

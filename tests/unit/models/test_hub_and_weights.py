@@ -38,7 +38,12 @@ def test_hub_name_is_fetched_without_foreign_files(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert find_model_folder("Qwen/Qwen3-30B-A3B") == folder
-    assert asked == [("Qwen/Qwen3-30B-A3B", ["*.json", "*.safetensors", "*.jinja"])]
+    assert find_model_folder("Qwen/Qwen3-30B-A3B", with_weights=False) == folder
+    patterns = ["*.json", "*.jinja"]
+    assert asked == [
+        ("Qwen/Qwen3-30B-A3B", [*patterns, "*.safetensors"]),
+        ("Qwen/Qwen3-30B-A3B", patterns),
+    ]
 
 
 def test_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """Findings about the content of an array: what ids say that no correct engine writes."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -150,7 +151,9 @@ def _all_zero(ids: IntArray) -> Finding:
     )
 
 
-def _zero_layers(layers: list[int], num_rows: int, *, severity: str = "error") -> Finding:
+def _zero_layers(
+    layers: list[int], num_rows: int, *, severity: Literal["error", "warning"] = "error"
+) -> Finding:
     return Finding(
         code="zero_layers",
         message=f"layers {layers} hold 0 in all {num_rows} rows",
@@ -160,7 +163,7 @@ def _zero_layers(layers: list[int], num_rows: int, *, severity: str = "error") -
         cause="these layers were never captured: pipeline stages that were not gathered, a fused router without a hook, or "
         "layers that route by token id",
         upstream=("vllm#35623", "slime#1145", "sglang#29588"),
-        severity="warning" if severity == "warning" else "error",
+        severity=severity,
     )
 
 
@@ -246,6 +249,9 @@ def diagnose_frozen(
 ) -> list[Finding]:
     """Look for rows that stand still while the tokens change: a buffer that nobody wrote.
 
+    Routers are no dice: those of small models send many tokens to the same experts. Only rows that stand still in every
+    layer, and longer than any that was met in correct arrays, are an error.
+
     Args:
         ids: `[rows, L, K]`.
         token_ids: The whole sequence.
@@ -253,35 +259,47 @@ def diagnose_frozen(
         start: Token index of the first row.
 
     Returns:
-        An error where most layers stand still over more rows than chance allows, a warning where a few do.
+        An error where every layer stands still, a warning where single layers do.
     """
     bits = bits_per_layer(routing)
     if len(ids) <= _MIN_RUN or bits == 0:
         return []
     tokens = np.asarray(token_ids)[start : start + len(ids)]
     still = _same_as_before(ids) & (tokens[1:] != tokens[:-1])[:, None]
-    needed = max(_MIN_RUN, math.ceil(SURPRISE_BITS / bits))
+    first, count = _longest_run(still.all(axis=1))
+    if count >= max(_MIN_RUN, math.ceil(2 * SURPRISE_BITS / (bits * routing.num_moe_layers))):
+        return [_frozen(routing.layer_ids, start + first, count, routing, severity="error")]
+    needed = max(2 * _MIN_RUN, math.ceil(SURPRISE_BITS / bits))
     candidates = np.flatnonzero(still.sum(axis=0) >= needed)
-    runs = [(slot, *_longest_run(still[:, slot])) for slot in candidates]
-    frozen = [(int(slot), first, count) for slot, first, count in runs if count >= needed]
+    runs = [(int(slot), *_longest_run(still[:, slot])) for slot in candidates]
+    frozen = [(slot, first, count) for slot, first, count in runs if count >= needed]
     if not frozen:
         return []
     layers = tuple(routing.layer_ids[slot] for slot, _, _ in frozen)
-    slot, first, count = max(frozen, key=lambda item: item[2])
-    return [
-        Finding(
-            code="frozen_rows",
-            message=f"{len(layers)} of {routing.num_moe_layers} layers hold the same experts for different tokens, layer "
-            f"{routing.layer_ids[slot]} for {count + 1} tokens from token index {start + first}",
-            row=start + first,
-            layer_idx=routing.layer_ids[slot],
-            values=layers,
-            cause="nobody wrote these rows: a kernel that bypasses the hook leaves an older step's ids in the buffer (or, "
-            "in single layers, a router that has collapsed)",
-            upstream=("vllm#39568",),
-            severity="error" if 2 * len(layers) > routing.num_moe_layers else "warning",
-        )
-    ]
+    _, first, count = max(frozen, key=lambda item: item[2])
+    return [_frozen(layers, start + first, count, routing, severity="warning")]
+
+
+def _frozen(
+    layers: tuple[int, ...],
+    row: int,
+    count: int,
+    routing: ModelRouting,
+    *,
+    severity: Literal["error", "warning"],
+) -> Finding:
+    return Finding(
+        code="frozen_rows",
+        message=f"{len(layers)} of {routing.num_moe_layers} layers hold the same experts for different tokens, up to "
+        f"{count + 1} of them from token index {row}",
+        row=row,
+        layer_idx=layers[0],
+        values=layers,
+        cause="nobody wrote these rows: a kernel that bypasses the hook leaves an older step's ids in the buffer (or, in "
+        "single layers, a router that likes few experts)",
+        upstream=("vllm#39568",),
+        severity=severity,
+    )
 
 
 def _same_as_before(ids: IntArray) -> npt.NDArray[np.bool_]:
@@ -296,6 +314,8 @@ def _same_as_before(ids: IntArray) -> npt.NDArray[np.bool_]:
 def _longest_run(flags: npt.NDArray[np.bool_]) -> tuple[int, int]:
     """Where the longest run of true starts, and how long it is."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False])).astype(np.int8)))
+    if not edges.size:
+        return 0, 0
     lengths = edges[1::2] - edges[::2]
     longest = int(np.argmax(lengths))
     return int(edges[2 * longest]), int(lengths[longest])

@@ -15,6 +15,7 @@ from routing_replay.trace.importers._finding import Finding
 __all__ = ["find_shared_rows"]
 
 _KEY_BITS = 64
+_MIN_FOREIGN = 6
 
 
 def find_shared_rows(
@@ -101,11 +102,14 @@ def _longest_foreign_run(
     equal &= trace.valid[mine] & other.valid[theirs]
     my_tokens = np.asarray(tokens)[trace.start + first : trace.start + first + count]
     offset = other.start + first - shift
-    foreign = equal & (my_tokens != np.asarray(other_tokens)[offset : offset + count])
-    # A token in a new context may well meet the experts that it met before; another token does so by chance alone.
-    needed = max(3, math.ceil(SURPRISE_BITS / max(_bits_per_row(trace), 1e-9)))
-    if int(foreign.sum()) < needed:
+    differs = my_tokens != np.asarray(other_tokens)[offset : offset + count]
+    # Tokens of one kind (digits, say) may well meet the same experts here and there; a long run of other tokens does not.
+    needed = max(_MIN_FOREIGN, math.ceil(2 * SURPRISE_BITS / max(_bits_per_row(trace), 1e-9)))
+    at, length = _run_with_most(equal, differs)
+    if int(differs[at : at + length].sum()) < needed:
         return None
+    foreign = np.zeros_like(equal)
+    foreign[at : at + length] = differs[at : at + length]
     at = int(np.argmax(foreign))
     return Finding(
         code="rows_of_another_request",
@@ -117,3 +121,14 @@ def _longest_foreign_run(
         "is not cleared)",
         upstream=("vllm#39568", "sglang#26975", "llm-d-router#1473"),
     )
+
+
+def _run_with_most(equal: npt.NDArray[np.bool_], differs: npt.NDArray[np.bool_]) -> tuple[int, int]:
+    """The run of equal rows that holds the most other tokens: where it starts, and how long it is."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], equal, [False])).astype(np.int8)))
+    if not edges.size:
+        return 0, 0
+    counted = np.concatenate(([0], np.cumsum(differs)))
+    starts, ends = edges[::2], edges[1::2]
+    best = int(np.argmax(counted[ends] - counted[starts]))
+    return int(starts[best]), int(ends[best] - starts[best])

@@ -103,10 +103,13 @@ def test_wrapped_ids_of_a_byte_are_found():
     assert findings[0].code == "dtype_too_narrow"
 
 
-def test_single_still_layers_are_a_warning():
+def test_still_layers_among_others_are_a_warning():
     ids, tokens = _array()
     findings = diagnose(_frozen_layer(ids), token_ids=tokens, routing=MODEL)
     assert [(f.code, f.severity, f.row, f.layer_idx) for f in findings] == [("frozen_rows", "warning", 9, 2)]  # fmt: skip
+    ids[10:, 1] = ids[9, 1]
+    (found,) = diagnose(ids, token_ids=tokens, routing=MODEL)
+    assert (found.severity, found.values) == ("warning", (1, 2))
     import_vllm(ids, token_ids=tokens, routing=MODEL)  # a warning refuses nothing
 
 
@@ -186,6 +189,13 @@ def test_rows_of_another_request_are_found(shift: int):
     assert "'c' holds 10 rows of request 'a'" in found.message
 
 
+def test_equal_rows_here_and_there_are_likeness():
+    arrays = _requests()
+    for row in (3, 9, 11, 20, 21, 22, 40, 50, 51):
+        arrays["c"][0][row] = arrays["a"][0][row]
+    assert _shared(arrays) == ()
+
+
 def test_a_shared_prefix_shares_its_rows_rightly():
     arrays = _requests()
     arrays["b"] = (
@@ -197,9 +207,13 @@ def test_a_shared_prefix_shares_its_rows_rightly():
 
 def test_few_equal_rows_of_a_tiny_model_are_chance():
     arrays = _requests("small")
-    arrays["c"][0][30:40] = arrays["a"][0][30:40]
-    assert _shared(arrays, "small") == ()  # 10 rows of 4 bits; 32 would be needed
-    arrays["c"][0][5:50] = arrays["a"][0][5:50]
+    arrays["c"][0][10:50] = arrays["a"][0][10:50]
+    assert _shared(arrays, "small") == ()  # 40 rows of 4 bits; 64 would be needed
+    longer = {
+        key: (np.tile(ids, (2, 1, 1)), tokens + tokens[1:]) for key, (ids, tokens) in arrays.items()
+    }
+    longer["c"][0][5:105] = longer["a"][0][5:105]
+    arrays = longer
     assert [f.code for f in _shared(arrays, "small")] == ["rows_of_another_request"]
 
 
