@@ -184,27 +184,36 @@ class HostCache:
 
     def write_blocks(
         self,
-        blocks: Sequence[BlockRef],
-        start: int,
+        pieces: Sequence[tuple[Sequence[BlockRef], int, int]],
         ids: NDArray[np.integer],
         *,
         weights_version: int,
     ) -> None:
-        """Add the same rows to the KV blocks that hold their tokens.
+        """Add the rows of a step to the KV blocks that hold their tokens, all of them at once.
 
         Args:
-            blocks: All blocks of the request, in token order.
-            start: Token index of the first row.
-            ids: `[n, L, K]` in the staging dtype.
+            pieces: For each request its blocks, in token order, the token index of its first row, and its rows.
+            ids: `[n, L, K]` in the staging dtype, the pieces' rows one after another.
             weights_version: Version of the weights that computed the rows.
         """
-        for first in range(start - start % self._block_size, start + len(ids), self._block_size):
-            block_id = self._claim(blocks[first // self._block_size])
-            low, high = max(first, start), min(first + self._block_size, start + len(ids))
-            where = (block_id, slice(low - first, high - first))
-            self._block_ids[where] = ids[low - start : high - start]
-            self._block_valid[where] = True
-            self._block_version[where] = weights_version
+        size = self._block_size
+        parts: list[tuple[int, int, int, int]] = []  # block, epoch, first row in the block, rows
+        for blocks, start, num_rows in pieces:
+            end = start + num_rows
+            for index in range(start // size, -(-end // size)):
+                low, high = max(index * size, start), min((index + 1) * size, end)
+                block = blocks[index]
+                parts.append((block.block_id, block.epoch, low - index * size, high - low))
+        if not parts:
+            return
+        block_ids, epochs, firsts, counts = np.array(parts, np.int64).T
+        self._claim(block_ids, epochs)
+        rows_before = np.cumsum(counts) - counts
+        offsets = np.arange(len(ids)) + np.repeat(firsts - rows_before, counts)
+        where = (np.repeat(block_ids, counts), offsets)
+        self._block_ids[where] = ids
+        self._block_valid[where] = True
+        self._block_version[where] = weights_version
 
     def copy_block(self, source: BlockRef, target: BlockRef) -> None:
         """Copy the rows of a block whose keys and values are copied, as a fork does.
@@ -214,7 +223,8 @@ class HostCache:
             target: Its copy.
         """
         held = self._held(source)
-        block_id = self._claim(target)
+        block_id = target.block_id
+        self._claim(np.array([block_id]), np.array([target.epoch]))
         self._block_ids[block_id] = self._block_ids[source.block_id]
         self._block_valid[block_id] = held
         self._block_version[block_id] = self._block_version[source.block_id]
@@ -250,9 +260,10 @@ class HostCache:
         is_current = self._block_epoch[block.block_id] == block.epoch
         return self._block_valid[block.block_id] & is_current
 
-    def _claim(self, block: BlockRef) -> int:
-        """Forget the rows of earlier lives of a block."""
-        if self._block_epoch[block.block_id] != block.epoch:
-            self._block_epoch[block.block_id] = block.epoch
-            self._block_valid[block.block_id] = False
-        return block.block_id
+    def _claim(self, block_ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> None:
+        """Forget the rows of earlier lives of blocks."""
+        is_stale = self._block_epoch[block_ids] != epochs
+        if is_stale.any():
+            stale = block_ids[is_stale]
+            self._block_epoch[stale] = epochs[is_stale]
+            self._block_valid[stale] = False

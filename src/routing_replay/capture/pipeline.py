@@ -144,21 +144,38 @@ class CapturePipeline:
         step = self.device_cache.gather(row_idx, num_reset=num_reset)
         flags = step.flags.cpu().numpy()
         rows = step.rows.cpu().numpy()
+        errors = self._bad_rows(spans, flags, rows) if flags.any() else {}
+        pieces: list[tuple[Sequence[BlockRef], int, int]] = []
+        is_good = np.ones(num_rows, np.bool_)
+        first = 0
+        for span in spans:
+            end = first + span.num_rows
+            if span.request_id in errors:
+                is_good[first:end] = False
+            else:
+                pieces.append((span.blocks, span.start, span.num_rows))
+                self.host_cache.append(
+                    span.request_id,
+                    span.start,
+                    rows[first:end],
+                    weights_version=weights_version,
+                )
+            first = end
+        good_rows = rows[:num_rows][is_good] if errors else rows[:num_rows]
+        self.host_cache.write_blocks(pieces, good_rows, weights_version=weights_version)
+        return errors
+
+    def _bad_rows(
+        self, spans: Sequence[RowSpan], flags: NDArray[np.uint8], rows: NDArray[np.integer]
+    ) -> dict[str, CaptureError]:
+        """An error for every request with a flagged row."""
         errors: dict[str, CaptureError] = {}
         first = 0
         for span in spans:
-            span_flags = flags[first : first + span.num_rows]
-            span_rows = rows[first : first + span.num_rows]
-            first += span.num_rows
-            if span_flags.any():
-                errors[span.request_id] = self._error(span, span_flags, span_rows)
-                continue
-            self.host_cache.append(
-                span.request_id, span.start, span_rows, weights_version=weights_version
-            )
-            self.host_cache.write_blocks(
-                span.blocks, span.start, span_rows, weights_version=weights_version
-            )
+            end = first + span.num_rows
+            if flags[first:end].any():
+                errors[span.request_id] = self._error(span, flags[first:end], rows[first:end])
+            first = end
         return errors
 
     def num_rows(self, request_id: str) -> int:

@@ -23,29 +23,39 @@ def test_requests_keep_their_own_rows_of_a_shared_block():
     for name, value in (("a", 1), ("b", 2)):
         cache.begin(name)
         cache.append(name, 0, _rows(4, value), weights_version=0)
-        cache.write_blocks([block], 0, _rows(4, value), weights_version=0)
+        cache.write_blocks([([block], 0, 4)], _rows(4, value), weights_version=0)
     assert (cache.take("a", 4).ids == 1).all()
     assert (cache.take("b", 4).ids == 2).all()
 
 
 def test_prefix_hit_takes_the_rows_of_its_blocks():
     cache = _cache()
-    cache.write_blocks(
-        [BlockRef(2, 1), BlockRef(0, 1)],
-        0,
-        np.arange(32, dtype=np.uint8).reshape(8, 2, 2),
-        weights_version=0,
-    )
+    rows = np.arange(32, dtype=np.uint8).reshape(8, 2, 2)
+    cache.write_blocks([([BlockRef(2, 1), BlockRef(0, 1)], 0, 8)], rows, weights_version=0)
     cache.begin("hit", [BlockRef(2, 1), BlockRef(0, 1)])
     taken = cache.take("hit", 8)
     assert taken.valid.all()
     assert np.array_equal(taken.ids.reshape(-1), np.arange(32))
 
 
+def test_rows_of_a_step_go_to_the_blocks_of_their_requests():
+    cache = _cache()
+    rows = np.arange(32, dtype=np.uint8).reshape(8, 2, 2)
+    first, second = [BlockRef(3, 1), BlockRef(1, 1)], [BlockRef(0, 1), BlockRef(2, 1)]
+    cache.write_blocks([(first, 0, 3), (second, 0, 4)], rows[:7], weights_version=0)
+    cache.write_blocks([(second, 4, 1), (first, 3, 4)], rows[[7, 0, 1, 2, 3]], weights_version=1)
+    cache.begin("first", first, num_rows=7)
+    cache.begin("second", second, num_rows=5)
+    assert np.array_equal(cache.take("first", 7).ids, rows[[0, 1, 2, 0, 1, 2, 3]])
+    assert cache.take("first", 7).weights_version.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert np.array_equal(cache.take("second", 5).ids, rows[[3, 4, 5, 6, 7]])
+    cache.write_blocks([], rows[:0], weights_version=2)
+
+
 @pytest.mark.parametrize(("epoch", "count"), [(2, 4), (1, 3)])
 def test_prefix_hit_refuses_rows_of_another_life_or_an_unfilled_block(epoch: int, count: int):
     cache = _cache()
-    cache.write_blocks([BlockRef(2, 1)], 0, _rows(count, 5), weights_version=0)
+    cache.write_blocks([([BlockRef(2, 1)], 0, count)], _rows(count, 5), weights_version=0)
     with pytest.raises(
         CaptureError, match=rf"block 2 of epoch {epoch}.*{count} of 4 rows of epoch 1"
     ):
@@ -54,8 +64,8 @@ def test_prefix_hit_refuses_rows_of_another_life_or_an_unfilled_block(epoch: int
 
 def test_new_epoch_forgets_old_rows():
     cache = _cache()
-    cache.write_blocks([BlockRef(2, 1)], 0, _rows(4, 5), weights_version=0)
-    cache.write_blocks([BlockRef(2, 2)], 0, _rows(1, 6), weights_version=0)
+    cache.write_blocks([([BlockRef(2, 1)], 0, 4)], _rows(4, 5), weights_version=0)
+    cache.write_blocks([([BlockRef(2, 2)], 0, 1)], _rows(1, 6), weights_version=0)
     with pytest.raises(CaptureError, match="1 of 4 rows of epoch 2"):
         cache.begin("hit", [BlockRef(2, 2)])
 
