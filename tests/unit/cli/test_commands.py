@@ -310,8 +310,11 @@ def test_rollout_passes_its_settings_on(tmp_path: Path):
 SLOW = CODE.replace(
     "main(sys.argv[1:])",
     """
+import signal
 import time
 from routing_replay.engine import LLM
+# A shell's background jobs ignore the signal, and so would the processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 each = LLM.generate_each
 def slowly(self, *args, **kwargs):
     for number, item in enumerate(each(self, *args, **kwargs)):
