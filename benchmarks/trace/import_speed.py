@@ -23,7 +23,7 @@ ROWS = 32_768
 NUM_REQUESTS = 8
 TIMED_IMPORT = (
     "import time; t = time.perf_counter(); import numpy; n = time.perf_counter(); "
-    "import routing_replay.trace.importers, routing_replay.trace.inspection; "
+    "import routing_replay.trace.importers; "
     "e = time.perf_counter(); print(n - t, e - t)"
 )
 
