@@ -10,7 +10,12 @@ from torch import Tensor
 from routing_replay.errors import ConfigError
 from routing_replay.kernels import ActivationType, RoutingMethodType, bf16_moe
 
-METHODS = tuple(RoutingMethodType)
+# The others are tested in test_routing.py; what happens after routing does not depend on them.
+METHODS = (
+    RoutingMethodType.Default,
+    RoutingMethodType.Renormalize,
+    RoutingMethodType.RenormalizeNaive,
+)
 SHAPES = [(8, 2), (32, 4), (60, 4), (64, 6), (128, 8), (512, 10)]
 
 
@@ -260,6 +265,26 @@ def test_unfinalized_parts_sum_to_the_output():
     torch.testing.assert_close((rows * weights[..., None]).sum(1), case.run(), atol=1e-6, rtol=1e-5)
 
 
+def test_shared_experts_join_every_row_and_no_replay_buffer():
+    case = _case(9, 16, 4)
+    shared1, shared2 = torch.randn(2, 24, 16) / 4, torch.randn(2, 16, 12) / 4
+    recorded = _buffer(case)
+    out = case.run(
+        gemm1_weights=torch.cat([case.gemm1, shared1]),
+        gemm2_weights=torch.cat([case.gemm2, shared2]),
+        num_fused_shared_experts=2,
+        routing_replay_out=recorded,
+    )
+    expected = case.run()
+    for first, second in zip(shared1, shared2, strict=True):
+        gate, up = (case.hidden @ first.t()).chunk(2, dim=-1)
+        expected = expected + (torch.nn.functional.silu(gate) * up) @ second.t()
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert recorded.tolist() == _slow_ids(case)
+    with pytest.raises(ConfigError, match="num_fused_shared_experts=2 with 8 of 16 experts"):
+        case.run(num_fused_shared_experts=2, local_num_experts=8)
+
+
 def _activation_cases() -> dict[str, tuple[ActivationType, Callable[[Tensor, Tensor], Tensor]]]:
     functional = torch.nn.functional
     return {
@@ -317,10 +342,19 @@ def test_swiglu_parameters_and_biases_are_per_expert():
         ({"top_k": 9}, r"top_k=9 is outside \[1, num_experts=8\]"),
         ({"num_experts": 40000}, r"num_experts=40000 is outside \[1, 32767\]"),
         ({"local_expert_offset": 1}, r"name experts \[1, 9\)"),
-        ({"routing_method_type": 2}, "routing_method_type=2 is not supported; accepted are Default"),
+        ({"routing_method_type": 10}, "routing_method_type=10 is not supported; accepted are Default"),
+        ({"routing_method_type": 7}, "routing_bias is None but routing method MiniMax2"),
+        ({"routing_method_type": 3}, "top_k=2 with routing method Llama4; accepted is 1"),
+        ({"routing_method_type": 2, "routing_bias": torch.zeros(7)}, "routing_bias has shape"),
+        ({"routing_method_type": 2, "routing_bias": torch.zeros(8, dtype=torch.int32)}, "routing_bias is torch.int32"),
+        ({"routing_method_type": 2, "n_group": 3, "topk_group": 1}, "n_group=3 with num_experts=8"),
+        ({"routing_method_type": 2, "n_group": 4, "topk_group": 5}, "topk_group=5 with n_group=4"),
+        ({"routing_method_type": 2, "n_group": 8, "topk_group": 2}, "leave groups of 1"),
+        ({"num_fused_shared_experts": -1}, "num_fused_shared_experts=-1"),
+        ({"num_fused_shared_experts": 1}, r"gemm1_weights has shape \(8, 24, 16\), expected \(9, 24, 16\)"),
         ({"activation_type": 5}, "activation_type=5 is not supported; accepted are Swiglu"),
         ({"routing_bias": torch.zeros(8)}, "takes none; pass None"),
-        ({"n_group": 2}, "n_group=2 but routing method RenormalizeNaive has no groups"),
+        ({"n_group": 2}, "n_group=2 and topk_group=1 but routing method RenormalizeNaive has no groups"),
         ({"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5"),
         ({"hidden_states": torch.zeros(4, 16, dtype=torch.float16)}, "hidden_states is torch.float16"),
         ({"gemm1_weights": torch.zeros(8, 24, 16, dtype=torch.bfloat16)}, "gemm1_weights is torch.bfloat16.*use one dtype"),
@@ -342,10 +376,16 @@ def test_registered_ops_pass_opcheck():
     recorded = _buffer(case)
     arguments = (
         case.logits,
+        None,
         case.hidden,
         case.gemm1,
         case.gemm2,
         2,
+        1,
+        1,
+        1.0,
+        True,
+        0,
         0,
         4,
         3,

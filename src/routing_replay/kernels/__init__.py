@@ -4,13 +4,14 @@ from routing_replay.kernels.experts import ActivationType
 from routing_replay.kernels.fused_moe import Backend, bf16_moe
 from routing_replay.kernels.gather import MISSING_ID, RowFault, gather_rows
 from routing_replay.kernels.linear import ROW_BLOCK, linear
-from routing_replay.kernels.routing import RoutingMethodType
+from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
 
 __all__ = [
     "MISSING_ID",
     "ROW_BLOCK",
     "ActivationType",
     "Backend",
+    "RoutingMethod",
     "RoutingMethodType",
     "RowFault",
     "bf16_moe",

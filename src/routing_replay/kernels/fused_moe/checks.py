@@ -7,9 +7,9 @@ from torch import Tensor
 
 from routing_replay.errors import ConfigError
 from routing_replay.kernels.experts import ActivationType
-from routing_replay.kernels.routing import RoutingMethodType
+from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
 
-__all__ = ["MoEShape", "check_moe_arguments", "check_replay_buffer"]
+__all__ = ["MoEShape", "check_moe_arguments", "check_replay_buffer", "checked_routing"]
 
 _MAX_INT16 = torch.iinfo(torch.int16).max
 _FLOAT_DTYPES = (torch.bfloat16, torch.float32)
@@ -27,6 +27,7 @@ class MoEShape:
         intermediate_size: I, of one expert.
         local_expert_offset: First expert on this rank.
         local_num_experts: Experts on this rank.
+        num_fused_shared_experts: S, experts that every token goes to, beside the E routed ones.
     """
 
     num_tokens: int
@@ -36,6 +37,7 @@ class MoEShape:
     intermediate_size: int
     local_expert_offset: int
     local_num_experts: int
+    num_fused_shared_experts: int = 0
 
     def __post_init__(self) -> None:
         """Check the integers against each other."""
@@ -52,6 +54,11 @@ class MoEShape:
             raise ConfigError(
                 f"local_expert_offset={self.local_expert_offset} and local_num_experts={self.local_num_experts} "
                 f"name experts [{self.local_expert_offset}, {end}); accepted is a part of [0, {self.num_experts})"
+            )
+        if self.num_fused_shared_experts and self.local_num_experts != self.num_experts:
+            raise ConfigError(
+                f"num_fused_shared_experts={self.num_fused_shared_experts} with {self.local_num_experts} of "
+                f"{self.num_experts} experts on this rank; accepted is 0, or all experts on one rank"
             )
 
 
@@ -108,23 +115,57 @@ def _check_optional(name: str, tensor: Tensor | None, shape: tuple[int, ...], li
         _check_tensor(name, tensor, shape, like)
 
 
-def _check_method(
-    method: int, activation: int, routing_bias: Tensor | None, groups: tuple[int | None, int | None]
-) -> None:
-    if method not in tuple(RoutingMethodType):
+def checked_routing(
+    shape: MoEShape,
+    *,
+    routing_method_type: int,
+    routing_bias: Tensor | None,
+    groups: tuple[int | None, int | None],
+    routed_scaling_factor: float | None,
+    norm_topk_prob: bool,
+) -> RoutingMethod:
+    """Put the routing arguments of a fused-MoE call together.
+
+    Args:
+        shape: The integers of the call.
+        routing_method_type: A `RoutingMethodType`.
+        routing_bias: A bias, or None.
+        groups: `n_group` and `topk_group`; None, 0 and 1 mean none.
+        routed_scaling_factor: Factor on the weights; None means 1.
+        norm_topk_prob: As in `RoutingMethod`.
+
+    Returns:
+        The method.
+
+    Raises:
+        ConfigError: A value is not accepted, a bias is given to a method that takes none, or missing where one is needed.
+
+    Runtime: host only; no sync.
+    """
+    if routing_method_type not in tuple(RoutingMethodType):
         accepted = ", ".join(f"{item.name} ({item.value})" for item in RoutingMethodType)
-        raise ConfigError(f"routing_method_type={method} is not supported; accepted are {accepted}")
-    if activation not in tuple(ActivationType):
-        accepted = ", ".join(f"{item.name} ({item.value})" for item in ActivationType)
-        raise ConfigError(f"activation_type={activation} is not supported; accepted are {accepted}")
-    name = RoutingMethodType(method).name
-    if routing_bias is not None:
-        raise ConfigError(f"routing_bias is given but routing method {name} takes none; pass None")
-    for argument, value in zip(("n_group", "topk_group"), groups, strict=True):
-        if value not in (None, 0, 1):
-            raise ConfigError(
-                f"{argument}={value} but routing method {name} has no groups; pass None"
-            )
+        raise ConfigError(
+            f"routing_method_type={routing_method_type} is not supported; accepted are {accepted}"
+        )
+    method = RoutingMethod(
+        type=RoutingMethodType(routing_method_type),
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+        n_group=groups[0] or 1,
+        topk_group=groups[1] or 1,
+        routed_scaling_factor=1.0 if routed_scaling_factor is None else routed_scaling_factor,
+        norm_topk_prob=norm_topk_prob,
+        num_fused_shared_experts=shape.num_fused_shared_experts,
+    )
+    if routing_bias is not None and not method.takes_bias:
+        raise ConfigError(
+            f"routing_bias is given but routing method {method.type.name} takes none; pass None"
+        )
+    if routing_bias is None and method.type is RoutingMethodType.MiniMax2:
+        raise ConfigError(
+            "routing_bias is None but routing method MiniMax2 selects with one; pass it, or choose SigmoidRenorm"
+        )
+    return method
 
 
 def check_moe_arguments(
@@ -133,11 +174,8 @@ def check_moe_arguments(
     hidden_states: Tensor,
     weights: tuple[Tensor, Tensor],
     *,
-    routing_method_type: int,
     activation_type: int,
     routing_bias: Tensor | None,
-    groups: tuple[int | None, int | None],
-    routed_scaling_factor: float | None,
     per_expert: dict[str, tuple[Tensor | None, int]],
     output: Tensor | None,
 ) -> None:
@@ -148,11 +186,8 @@ def check_moe_arguments(
         routing_logits: `[T, E]`.
         hidden_states: `[T, H]`.
         weights: `gemm1_weights` and `gemm2_weights`.
-        routing_method_type: A `RoutingMethodType`.
         activation_type: An `ActivationType`.
-        routing_bias: Must be None for every method that takes none.
-        groups: `n_group` and `topk_group`.
-        routed_scaling_factor: Must be None or 1 for every method that applies none.
+        routing_bias: `[E]` bfloat16 or float32, or None.
         per_expert: Optional per-expert tensors by name, with the size of their second axis (0: none).
         output: `[T, H]` or None.
 
@@ -161,11 +196,10 @@ def check_moe_arguments(
 
     Runtime: host only; no sync.
     """
-    _check_method(routing_method_type, activation_type, routing_bias, groups)
-    if routed_scaling_factor not in (None, 1.0):
-        name = RoutingMethodType(routing_method_type).name
+    if activation_type not in tuple(ActivationType):
+        accepted = ", ".join(f"{item.name} ({item.value})" for item in ActivationType)
         raise ConfigError(
-            f"routed_scaling_factor={routed_scaling_factor} but routing method {name} applies none; pass None"
+            f"activation_type={activation_type} is not supported; accepted are {accepted}"
         )
     for name, tensor in (("routing_logits", routing_logits), ("hidden_states", hidden_states)):
         if tensor.dtype not in _FLOAT_DTYPES:
@@ -173,10 +207,16 @@ def check_moe_arguments(
                 f"{name} is {tensor.dtype}; accepted are torch.bfloat16 and torch.float32"
             )
     num_rows = shape.intermediate_size * (2 if ActivationType(activation_type).is_gated else 1)
+    num_weights = shape.local_num_experts + shape.num_fused_shared_experts
     expected = (
-        (shape.local_num_experts, num_rows, shape.hidden_size),
-        (shape.local_num_experts, shape.hidden_size, shape.intermediate_size),
+        (num_weights, num_rows, shape.hidden_size),
+        (num_weights, shape.hidden_size, shape.intermediate_size),
     )
+    _check_optional("routing_bias", routing_bias, (shape.num_experts,), hidden_states)
+    if routing_bias is not None and routing_bias.dtype not in _FLOAT_DTYPES:
+        raise ConfigError(
+            f"routing_bias is {routing_bias.dtype}; accepted are torch.bfloat16 and torch.float32"
+        )
     _check_tensor(
         "routing_logits", routing_logits, (shape.num_tokens, shape.num_experts), hidden_states
     )
@@ -189,7 +229,7 @@ def check_moe_arguments(
                 f"{name} is {tensor.dtype}, hidden_states {hidden_states.dtype}; use one dtype, or float32 weights"
             )
     for name, (tensor, width) in per_expert.items():
-        size = (shape.local_num_experts, width) if width else (shape.local_num_experts,)
+        size = (num_weights, width) if width else (num_weights,)
         _check_optional(name, tensor, size, hidden_states)
     _check_optional("output", output, (shape.num_tokens, shape.hidden_size), hidden_states)
     if output is not None and output.dtype is not hidden_states.dtype:

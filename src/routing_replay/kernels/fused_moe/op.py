@@ -14,9 +14,10 @@ from routing_replay.kernels.fused_moe.checks import (
     MoEShape,
     check_moe_arguments,
     check_replay_buffer,
+    checked_routing,
 )
 from routing_replay.kernels.fused_moe.reference import MoEOptions, moe_reference
-from routing_replay.kernels.routing import RoutingMethodType
+from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
 
 __all__ = ["bf16_moe"]
 
@@ -26,10 +27,16 @@ __all__ = ["bf16_moe"]
 )
 def _unfinalized_op(
     routing_logits: Tensor,
+    routing_bias: Tensor | None,
     hidden_states: Tensor,
     gemm1_weights: Tensor,
     gemm2_weights: Tensor,
     top_k: int,
+    n_group: int,
+    topk_group: int,
+    routed_scaling_factor: float,
+    norm_topk_prob: bool,
+    num_fused_shared_experts: int,
     local_expert_offset: int,
     routing_method_type: int,
     activation_type: int,
@@ -46,6 +53,7 @@ def _unfinalized_op(
     assert backend == Backend.REFERENCE, backend
     return moe_reference(
         routing_logits,
+        routing_bias,
         hidden_states,
         ExpertWeights(
             gemm1_weights=gemm1_weights,
@@ -55,8 +63,16 @@ def _unfinalized_op(
         ),
         SwigluParameters(alpha=gemm1_alpha, beta=gemm1_beta, limit=gemm1_clamp_limit),
         MoEOptions(
-            top_k=top_k,
-            method=RoutingMethodType(routing_method_type),
+            routing=RoutingMethod(
+                type=RoutingMethodType(routing_method_type),
+                num_experts=routing_logits.shape[1],
+                top_k=top_k,
+                n_group=n_group,
+                topk_group=topk_group,
+                routed_scaling_factor=routed_scaling_factor,
+                norm_topk_prob=norm_topk_prob,
+                num_fused_shared_experts=num_fused_shared_experts,
+            ),
             activation=ActivationType(activation_type),
             local_expert_offset=local_expert_offset,
             batch_invariant=batch_invariant,
@@ -69,19 +85,26 @@ def _unfinalized_op(
 @_unfinalized_op.register_fake
 def _(
     routing_logits: Tensor,
+    routing_bias: Tensor | None,
     hidden_states: Tensor,
     gemm1_weights: Tensor,
     gemm2_weights: Tensor,
     top_k: int,
+    n_group: int,
+    topk_group: int,
+    routed_scaling_factor: float,
+    norm_topk_prob: bool,
+    num_fused_shared_experts: int,
     *_: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, hidden_size = hidden_states.shape
+    num_columns = top_k + num_fused_shared_experts
     # How many pairs are computed on this rank is known only once the tokens are routed.
     num_rows = torch.library.get_ctx().new_dynamic_size()
     return (
         hidden_states.new_empty(num_rows, hidden_size),
-        hidden_states.new_empty(num_tokens, top_k, dtype=torch.float32),
-        hidden_states.new_empty(num_tokens * top_k, dtype=torch.int32),
+        hidden_states.new_empty(num_tokens, num_columns, dtype=torch.float32),
+        hidden_states.new_empty(num_tokens * num_columns, dtype=torch.int32),
     )
 
 
@@ -89,10 +112,16 @@ def _(
 def _moe_op(
     output: Tensor,
     routing_logits: Tensor,
+    routing_bias: Tensor | None,
     hidden_states: Tensor,
     gemm1_weights: Tensor,
     gemm2_weights: Tensor,
     top_k: int,
+    n_group: int,
+    topk_group: int,
+    routed_scaling_factor: float,
+    norm_topk_prob: bool,
+    num_fused_shared_experts: int,
     local_expert_offset: int,
     routing_method_type: int,
     activation_type: int,
@@ -108,10 +137,16 @@ def _moe_op(
 ) -> None:
     gemm2_output, topk_weights, permuted = _unfinalized_op(
         routing_logits,
+        routing_bias,
         hidden_states,
         gemm1_weights,
         gemm2_weights,
         top_k,
+        n_group,
+        topk_group,
+        routed_scaling_factor,
+        norm_topk_prob,
+        num_fused_shared_experts,
         local_expert_offset,
         routing_method_type,
         activation_type,
@@ -160,6 +195,7 @@ def bf16_moe(
     routing_replay_in: Tensor | None = None,
     gemm1_bias: Tensor | None = None,
     gemm2_bias: Tensor | None = None,
+    num_fused_shared_experts: int = 0,
     backend: str = Backend.AUTO,
     batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
@@ -171,15 +207,16 @@ def bf16_moe(
 
     Args:
         routing_logits: `[T, E]` bfloat16 or float32.
-        routing_bias: Selection bias `[E]`; the methods available now take none.
+        routing_bias: `[E]` float32 or bfloat16: added to the scores for selection alone (DeepSeekV3, MiniMax2, which
+            needs one), or to the logits as the router's own bias (Renormalize: gpt-oss; TopK; TopKSigmoid). None otherwise.
         hidden_states: `[T, H]` bfloat16 or float32.
         gemm1_weights: `[E_local, 2I, H]`, rows `[gate; up]` (`[E_local, I, H]` without a gate), in the dtype of
             `hidden_states`, or float32 beside bfloat16 rows (same rounding; faster on a CPU without bfloat16).
         gemm2_weights: `[E_local, H, I]`, dtype of `gemm1_weights`.
         num_experts: E, experts of the model on all ranks.
         top_k: K, experts per token.
-        n_group: Number of expert groups; None for the methods available now.
-        topk_group: Number of groups to pick; None for the methods available now.
+        n_group: Number of expert groups; None, 0 or 1 for none. DeepSeekV3 alone has more.
+        topk_group: Number of groups that a token may use.
         intermediate_size: I, of one expert.
         local_expert_offset: First expert on this rank.
         local_num_experts: E_local, experts on this rank.
@@ -187,7 +224,7 @@ def bf16_moe(
         routing_method_type: A `RoutingMethodType`.
         do_finalize: Return the summed output; False returns the parts of it.
         activation_type: An `ActivationType`.
-        norm_topk_prob: As in FlashInfer, changes SigmoidRenorm alone; the method decides otherwise.
+        norm_topk_prob: Divide by the sum in SigmoidRenorm, DeepSeekV3 and MiniMax2; other methods decide by themselves.
         routing_replay_out: int16 `[>= T, K]`, contiguous: rows `[0, T)` receive the *global* ids in use, in rank order
             (forced rows: as given); later rows stay untouched. None costs nothing and changes no bit.
         gemm1_alpha: Swiglu slope, float32 `[E_local]`, or None.
@@ -199,13 +236,15 @@ def bf16_moe(
             out of bounds. Weights always come from `routing_logits`.
         gemm1_bias: `[E_local, 2I]` (or `I`), or None.
         gemm2_bias: `[E_local, H]`, or None.
+        num_fused_shared_experts: S experts that every token goes to with weight 1; their weights follow the routed ones
+            (`[E + S, ...]`), so that all experts must be on this rank. They are in no replay buffer.
         backend: A `Backend`.
         batch_invariant: Make the bits of a row independent of the rows beside it (fixed row blocks; slower).
 
     Returns:
         `[T, H]` in the dtype of `hidden_states` (a partial sum where `E_local < E`). With `do_finalize=False`:
-        `gemm2_output` `[rows, H]`, `topk_weights` float32 `[T, K]` and `expanded_idx_to_permuted_idx` int32 `[T * K]`,
-        -1 for pairs that are not computed here.
+        `gemm2_output` `[rows, H]`, `topk_weights` float32 `[T, K + S]` and `expanded_idx_to_permuted_idx` int32
+        `[T * (K + S)]`, -1 for pairs that are not computed here.
 
     Raises:
         ConfigError: An argument has the wrong dtype, shape, stride, device or value.
@@ -221,17 +260,23 @@ def bf16_moe(
         intermediate_size=intermediate_size,
         local_expert_offset=local_expert_offset,
         local_num_experts=local_num_experts,
+        num_fused_shared_experts=num_fused_shared_experts,
+    )
+    routing = checked_routing(
+        shape,
+        routing_method_type=routing_method_type,
+        routing_bias=routing_bias,
+        groups=(n_group, topk_group),
+        routed_scaling_factor=routed_scaling_factor,
+        norm_topk_prob=norm_topk_prob,
     )
     check_moe_arguments(
         shape,
         routing_logits,
         hidden_states,
         (gemm1_weights, gemm2_weights),
-        routing_method_type=routing_method_type,
         activation_type=activation_type,
         routing_bias=routing_bias,
-        groups=(n_group, topk_group),
-        routed_scaling_factor=routed_scaling_factor,
         per_expert={
             "gemm1_alpha": (gemm1_alpha, 0),
             "gemm1_beta": (gemm1_beta, 0),
@@ -245,10 +290,16 @@ def bf16_moe(
     check_replay_buffer("routing_replay_in", routing_replay_in, shape, hidden_states.device)
     arguments = (
         routing_logits,
+        routing_bias,
         hidden_states,
         gemm1_weights,
         gemm2_weights,
         top_k,
+        routing.n_group,
+        routing.topk_group,
+        routing.routed_scaling_factor,
+        norm_topk_prob,
+        num_fused_shared_experts,
         local_expert_offset,
         int(routing_method_type),
         int(activation_type),

@@ -11,7 +11,7 @@ from routing_replay.kernels.experts import (
     SwigluParameters,
     experts_reference,
 )
-from routing_replay.kernels.routing import RoutingMethodType, route_reference
+from routing_replay.kernels.routing import RoutingMethod, route_reference
 
 __all__ = ["MoEOptions", "moe_reference"]
 
@@ -21,15 +21,13 @@ class MoEOptions:
     """What is fixed for a layer.
 
     Attributes:
-        top_k: K.
-        method: Routing method.
+        routing: How logits become ids and weights.
         activation: Activation between the GEMMs.
         local_expert_offset: First expert on this rank.
         batch_invariant: Make a row's bits independent of the other rows.
     """
 
-    top_k: int
-    method: RoutingMethodType
+    routing: RoutingMethod
     activation: ActivationType
     local_expert_offset: int
     batch_invariant: bool = False
@@ -49,6 +47,7 @@ def _local_ids(
 
 def moe_reference(
     routing_logits: Tensor,
+    routing_bias: Tensor | None,
     hidden_states: Tensor,
     weights: ExpertWeights,
     parameters: SwigluParameters,
@@ -61,27 +60,30 @@ def moe_reference(
 
     Args:
         routing_logits: `[T, E]`.
+        routing_bias: `[E]`, or None.
         hidden_states: `[T, H]`.
-        weights: Weights of the local experts.
+        weights: Weights of the local experts, fused shared ones last.
         parameters: Per-expert parameters of Swiglu.
-        options: Routing method, activation, K, expert offset.
+        options: Routing method, activation, expert offset.
         routing_replay_out: int16 `[>= T, K]`; rows `[0, T)` are overwritten with the ids in use.
         routing_replay_in: int16 `[>= T, K]` ids to force; a row that starts with -1 routes natively.
 
     Returns:
-        `gemm2_output` `[rows, H]`, `topk_weights` float32 `[T, K]`, `expanded_idx_to_permuted_idx` int32 `[T * K]`.
+        `gemm2_output` `[rows, H]`, `topk_weights` float32 `[T, K + S]`, `expanded_idx_to_permuted_idx` int32
+        `[T * (K + S)]`, with S fused shared experts.
 
     Runtime: one host sync; allocates O(T*(E+K*(H+I))); not CUDA-graph safe; bitwise deterministic for one shape.
     """
-    num_tokens, num_experts = routing_logits.shape
+    routing = options.routing
     topk_weights, topk_ids = route_reference(
-        routing_logits, options.top_k, options.method, routing_replay_in=routing_replay_in
+        routing_logits, routing, routing_bias=routing_bias, routing_replay_in=routing_replay_in
     )
     if routing_replay_out is not None:
-        routing_replay_out[:num_tokens] = topk_ids.to(torch.int16)
+        routed = topk_ids[:, : routing.top_k]
+        routing_replay_out[: len(topk_ids)] = routed.to(torch.int16)
     local_ids = _local_ids(
         topk_ids,
-        num_experts,
+        routing.num_experts + routing.num_fused_shared_experts,
         options.local_expert_offset,
         weights.gemm1_weights.shape[0],
         is_native=routing_replay_in is None,

@@ -3,17 +3,69 @@
 import torch
 from torch import Tensor
 
-from routing_replay.kernels.routing.method import RoutingMethodType
+from routing_replay.kernels.routing.method import RoutingMethod, RoutingMethodType
 
 __all__ = ["route_reference"]
 
+_TINY = 1e-20
+_SOFTMAX_FIRST = (RoutingMethodType.Default, RoutingMethodType.RenormalizeNaive)
+_SIGMOID_FIRST = (
+    RoutingMethodType.DeepSeekV3,
+    RoutingMethodType.SigmoidRenorm,
+    RoutingMethodType.MiniMax2,
+    RoutingMethodType.Sigmoid,
+)
+_SIGMOID_LAST = (RoutingMethodType.Llama4, RoutingMethodType.TopKSigmoid)
+_SUM_TO_SCALE = (
+    RoutingMethodType.DeepSeekV3,
+    RoutingMethodType.MiniMax2,
+    RoutingMethodType.SigmoidRenorm,
+)
 
-def _select(keys: Tensor, top_k: int) -> Tensor:
-    """The `top_k` largest keys of each row `[T, E]`, ties to the smaller id; int64 `[T, K]`.
 
-    A stable sort, because the order of ties in `torch.topk` is unspecified.
+def _ranked(keys: Tensor, count: int) -> Tensor:
+    """The ids of the `count` largest float32 keys of each row `[T, N]`, ties to the smaller id; int64 `[T, count]`.
+
+    NaN counts as larger than everything, and 0.0 as equal to -0.0.
     """
-    return keys.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    if not keys.is_cuda:
+        return keys.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    # Sorts on a GPU tell -0.0 from 0.0, and one NaN from another: integers that carry the id have no ties.
+    bits = (keys + 0.0).view(torch.int32).long()
+    order = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+    order = torch.where(keys.isnan(), torch.tensor(0x7FC00000, device=keys.device), order)
+    ids = torch.arange(keys.shape[1], device=keys.device)
+    return (order * (1 << 16) + (0xFFFF - ids)).topk(count, dim=-1).indices
+
+
+def _candidates(keys: Tensor, method: RoutingMethod) -> Tensor:
+    """Put the experts outside the best groups at minus infinity."""
+    groups = keys.unflatten(1, (method.n_group, -1))
+    best = _ranked_values(groups.flatten(0, 1), 2).sum(dim=-1).unflatten(0, (-1, method.n_group))
+    chosen = torch.zeros_like(best, dtype=torch.bool)
+    chosen.scatter_(1, _ranked(best, method.topk_group), True)
+    return groups.masked_fill(~chosen.unsqueeze(2), -torch.inf).flatten(1)
+
+
+def _ranked_values(keys: Tensor, count: int) -> Tensor:
+    return keys.gather(1, _ranked(keys, count))
+
+
+def _select(scores: Tensor, bias: Tensor | None, method: RoutingMethod) -> Tensor:
+    """Ids of the experts that a row picks, int64 `[T, K]` in rank order."""
+    keys = scores if bias is None or method.has_router_bias else scores + bias.float()
+    if method.n_group > 1:
+        keys = _candidates(keys, method)
+    return _ranked(keys, method.top_k)
+
+
+def _scores(logits: Tensor, method: RoutingMethod) -> Tensor:
+    """What is selected on, before a selection bias, and weighted by: float32 `[T, E]`."""
+    if method.type in _SOFTMAX_FIRST:
+        return logits.softmax(dim=-1, dtype=torch.float32)
+    if method.type in _SIGMOID_FIRST:
+        return logits.float().sigmoid()
+    return logits.float()
 
 
 def _usable(topk_ids: Tensor, num_experts: int) -> Tensor:
@@ -24,57 +76,69 @@ def _usable(topk_ids: Tensor, num_experts: int) -> Tensor:
     return in_range & ~repeated
 
 
-def _weights(
-    router_logits: Tensor, topk_ids: Tensor, usable: Tensor, method: RoutingMethodType
-) -> Tensor:
+def _weights(scores: Tensor, topk_ids: Tensor, usable: Tensor, method: RoutingMethod) -> Tensor:
     """Combine weights float32 `[T, K]` of int64 ids `[T, K]`; columns that are not `usable` get 0."""
-    gather_ids = topk_ids.where(usable, 0)
-    if method is RoutingMethodType.Renormalize:
-        selected = router_logits.float().gather(1, gather_ids).masked_fill(~usable, -torch.inf)
-        return selected.softmax(dim=-1).masked_fill(~usable, 0.0)
-    probs = router_logits.softmax(dim=-1, dtype=torch.float32)
-    selected = probs.gather(1, gather_ids).masked_fill(~usable, 0.0)
-    if method is RoutingMethodType.Default:
-        return selected
-    total = selected.sum(dim=-1, keepdim=True)
-    # A row without any usable id has no weight to share out; dividing would make it NaN.
-    return selected / total.where(usable.any(dim=-1, keepdim=True), 1.0)
+    picked = scores.gather(1, topk_ids.where(usable, 0))
+    if method.type is RoutingMethodType.Renormalize:
+        picked = picked.masked_fill(~usable, -torch.inf).softmax(dim=-1)
+    elif method.type in _SIGMOID_LAST:
+        picked = picked.sigmoid()
+    picked = picked.masked_fill(~usable, 0.0)
+    if method.type is RoutingMethodType.RenormalizeNaive:
+        total = picked.sum(dim=-1, keepdim=True)
+        # A row without any usable id has no weight to share out; dividing would make it NaN.
+        return picked / total.where(usable.any(dim=-1, keepdim=True), 1.0)
+    if method.type in _SUM_TO_SCALE and method.norm_topk_prob:
+        # All selected sigmoids can underflow to 0.
+        picked = picked / (picked.sum(dim=-1, keepdim=True) + _TINY)
+    return picked if method.routed_scaling_factor == 1.0 else picked * method.routed_scaling_factor
 
 
 def route_reference(
     router_logits: Tensor,
-    top_k: int,
-    method: RoutingMethodType,
+    method: RoutingMethod,
     *,
+    routing_bias: Tensor | None = None,
     routing_replay_in: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Pick experts from logits, or take given ones, and compute their combine weights.
 
-    The arithmetic is that of Hugging Face's routers: scores in float32, weights float32 to the end.
+    The arithmetic is that of Hugging Face's routers: scores and biases in float32, weights float32 to the end. Weights
+    come from scores without a selection bias. NaN counts as larger than every number, ties among NaN go to the smaller id,
+    and weights of such rows are NaN; ids stay in range.
 
     Args:
         router_logits: `[T, E]` float32 or bfloat16.
-        top_k: Experts per token, `1 <= top_k <= E`.
         method: How logits become ids and weights.
+        routing_bias: `[E]` float32 or bfloat16, or None: added to the scores for selection alone (DeepSeekV3, MiniMax2),
+            or to the logits, as the router's own bias (Renormalize, TopK, TopKSigmoid).
         routing_replay_in: `[>= T, K]` int16 ids to take instead of selecting. A row whose first id is -1 routes
             natively; in any other row an id that is out of range or repeats gets weight 0.
 
     Returns:
-        `topk_weights` float32 `[T, K]` and `topk_ids` int64 `[T, K]`, columns in rank order (native rows) or as
-        given (forced rows). Ids of forced rows are returned as given, also where they are out of range.
+        `topk_weights` float32 `[T, K + S]` and `topk_ids` int64 `[T, K + S]`, columns in rank order (native rows) or as
+        given (forced rows). Ids of forced rows are returned as given, also where they are out of range. The last S
+        columns are the fused shared experts, E to E+S-1, with weight 1.
 
     Runtime: no host sync; allocates O(T*E); CUDA-graph safe; bitwise deterministic; differentiable in `router_logits`.
     """
     num_tokens, num_experts = router_logits.shape
-    if method is RoutingMethodType.Renormalize:
-        keys = router_logits.detach()
-    else:
-        keys = router_logits.detach().softmax(dim=-1, dtype=torch.float32)
-    topk_ids = _select(keys, top_k)
+    logits = router_logits
+    if routing_bias is not None and method.has_router_bias:
+        logits = router_logits.float() + routing_bias.float()
+    scores = _scores(logits, method)
+    topk_ids = _select(scores.detach(), routing_bias, method)
     if routing_replay_in is None:
         usable = torch.ones_like(topk_ids, dtype=torch.bool)
     else:
         given = routing_replay_in[:num_tokens].long()
         topk_ids = torch.where(given[:, :1] == -1, topk_ids, given)
         usable = _usable(topk_ids, num_experts)
-    return _weights(router_logits, topk_ids, usable, method), topk_ids
+    weights = _weights(scores, topk_ids, usable, method)
+    if not method.num_fused_shared_experts:
+        return weights, topk_ids
+    shared = torch.arange(
+        num_experts, num_experts + method.num_fused_shared_experts, device=topk_ids.device
+    )
+    ones = weights.new_ones(num_tokens, method.num_fused_shared_experts)
+    return torch.cat([weights, ones], 1), torch.cat([topk_ids, shared.expand(num_tokens, -1)], 1)
