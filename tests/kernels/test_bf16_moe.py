@@ -363,7 +363,7 @@ def test_swiglu_parameters_and_biases_are_per_expert():
         ({"gemm1_bias": torch.zeros(8, 12)}, "gemm1_bias has shape"),
         ({"output": torch.zeros(4, 17)}, "output has shape"),
         ({"output": torch.zeros(4, 16, dtype=torch.bfloat16)}, "output is torch.bfloat16"),
-        ({"backend": "cuda"}, "backend='cuda' is unknown; accepted are 'auto', 'reference'"),
+        ({"backend": "cuda"}, "backend='cuda'; accepted are 'auto', 'reference'"),
     ],
 )  # fmt: skip
 def test_bad_argument_is_refused_by_name(changes: dict[str, object], message: str):

@@ -1,6 +1,10 @@
 """Every routing method against scalar code in float64, position by position, and against Transformers' own routers."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor
 
 from routing_replay.errors import ConfigError
-from routing_replay.kernels import RoutingMethod, RoutingMethodType
+from routing_replay.kernels import RoutingMethod, RoutingMethodType, fused_topk_deepseek, route
 from routing_replay.kernels.routing import route_reference
 
 Kind = RoutingMethodType
@@ -273,3 +277,184 @@ def test_methods_that_cannot_be_are_refused(changes: dict[str, object], message:
     fields = {"type": Kind.Default, "num_experts": 64, "top_k": 4, **changes}
     with pytest.raises(ConfigError, match=message):
         RoutingMethod(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def _op_arguments(
+    m: RoutingMethod, bias: Tensor | None, buffer: Tensor | None
+) -> tuple[object, ...]:
+    fields = (
+        m.n_group,
+        m.topk_group,
+        m.routed_scaling_factor,
+        m.norm_topk_prob,
+        m.num_fused_shared_experts,
+    )
+    return (bias, buffer, None, int(m.type), m.top_k, *fields, "reference")
+
+
+@pytest.mark.parametrize("name", ["RenormalizeNaive", "grouped"])
+def test_the_op_is_registered_properly(name: str):
+    method = METHODS[name]
+    logits, bias = _inputs(method, 5)
+    buffer = torch.full((7, method.top_k), -1, dtype=torch.int16)
+    op = torch.ops.routing_replay.route.default
+    torch.library.opcheck(op, (logits, *_op_arguments(method, bias, buffer)))
+    torch.library.opcheck(op, (logits, *_op_arguments(method, bias, None)))
+
+    def layer(logits: Tensor, buffer: Tensor) -> Tensor:
+        weights, ids = route(logits, method, routing_bias=bias, routing_replay_out=buffer)
+        return weights.sum(1) + ids.sum(1)
+
+    eager, compiled = buffer.clone(), buffer.clone()
+    expected = layer(logits, eager)
+    function = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(function(logits, compiled), expected)
+    assert torch.equal(compiled, eager)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+def test_the_op_records_what_it_returns_and_nothing_else(name: str, tokens: int):
+    method = METHODS[name]
+    logits, bias = _inputs(method, tokens)
+    buffer = torch.full((tokens + 2, method.top_k), -1, dtype=torch.int16)
+    weights, ids = route(logits, method, routing_bias=bias, routing_replay_out=buffer)
+    assert ids.dtype is torch.int32
+    assert torch.equal(buffer[:tokens].int(), ids[:, : method.top_k])
+    assert (buffer[tokens:] == -1).all()
+    without = route(logits, method, routing_bias=bias)
+    assert torch.equal(without[0], weights)
+    again = route(logits, method, routing_bias=bias, routing_replay_in=buffer)
+    assert torch.equal(again[0], weights)
+    assert torch.equal(again[1], ids)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"router_logits": torch.zeros(4, 31)}, r"shape \(4, 31\), expected \[num_tokens, num_experts=32\]"),
+        ({"router_logits": torch.zeros(4, 32, dtype=torch.float64)}, "router_logits is torch.float64"),
+        ({"router_logits": torch.zeros(32, 4).t()}, "rows of consecutive elements"),
+        ({"routing_bias": torch.zeros(31)}, "routing_bias has shape"),
+        ({"routing_bias": torch.zeros(32, dtype=torch.int32)}, "routing_bias is torch.int32"),
+        ({"routing_bias": torch.zeros(32, device="meta")}, "routing_bias is on meta"),
+        ({"routing_replay_out": torch.zeros(4, 4)}, "routing_replay_out must be int16"),
+        ({"routing_replay_in": torch.zeros(3, 4, dtype=torch.int16)}, "dim0 must be >= num_tokens=4, got 3"),
+        ({"backend": "cuda"}, "backend='cuda'; accepted are 'auto', 'reference', 'triton'"),
+        ({"backend": "triton"}, "backend='triton' on cpu"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_by_name(changes: dict[str, object], message: str):
+    arguments = {
+        "router_logits": torch.zeros(4, 32),
+        "method": METHODS["MiniMax2"],
+        "routing_bias": torch.zeros(32),
+    }
+    with pytest.raises(ConfigError, match=message):
+        route(**{**arguments, **changes})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="MiniMax2 selects with one"):
+        route(torch.zeros(4, 32), METHODS["MiniMax2"])
+    with pytest.raises(ConfigError, match="Default takes none"):
+        route(torch.zeros(4, 32), METHODS["Default"], routing_bias=torch.zeros(32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("experts", "groups", "picked"), [(256, 8, 4), (64, 1, 1), (384, 1, 1)])
+def test_fused_topk_deepseek_divides_in_float64(dtype: torch.dtype, experts: int, groups: int, picked: int):  # fmt: skip
+    scores, bias = torch.randn(9, experts).to(dtype), torch.randn(experts)
+    values = torch.full((9, 8), float("nan"), dtype=dtype)
+    indices = torch.full((9, 8), -1, dtype=torch.int32)
+    buffer = torch.full((11, 8), -1, dtype=torch.int16)
+    fused_topk_deepseek(scores, bias, groups, picked, 8, 2.5, values, indices, routing_replay_out=buffer)  # fmt: skip
+    method = RoutingMethod(type=Kind.DeepSeekV3, num_experts=experts, top_k=8, n_group=groups, topk_group=picked,
+                           routed_scaling_factor=2.5)  # fmt: skip
+    for token, row in enumerate(scores.double().tolist()):
+        ids, weights = _scalar_route(row, bias.double().tolist(), method, None)
+        assert indices[token].tolist() == ids
+        expected = torch.tensor(weights, dtype=torch.float64).to(dtype)
+        torch.testing.assert_close(values[token], expected, rtol=2e-6 if dtype is torch.float32 else None, atol=None if dtype is not torch.float32 else 0)  # fmt: skip
+    assert torch.equal(buffer[:9].int(), indices)
+    assert (buffer[9:] == -1).all()
+
+
+def _deepseek(**changes: object) -> dict[str, object]:
+    return {
+        "scores": torch.zeros(4, 64), "bias": torch.zeros(64), "n_group": 4, "topk_group": 2, "topk": 8,
+        "routed_scaling_factor": 1.0, "topk_values": torch.zeros(4, 8), "topk_indices": torch.zeros(4, 8, dtype=torch.int32),
+        **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": torch.zeros(64, 4).t()}, "contiguous"),
+        ({"scores": torch.zeros(4, 64, dtype=torch.int32)}, "scores is torch.int32"),
+        ({"bias": torch.zeros(63)}, "bias has shape"),
+        ({"scores": torch.zeros(4, 512), "bias": torch.zeros(512)}, "num_experts=512 with n_group=4; accepted is up to 256"),
+        ({"scores": torch.zeros(4, 512), "bias": torch.zeros(512), "n_group": 1, "topk_group": 1}, "up to 384"),
+        ({"topk": 9}, "topk=9"),
+        ({"topk_group": 5}, "topk_group=5 with n_group=4"),
+        ({"scores": torch.zeros(4, 256), "bias": torch.zeros(256)}, "groups of 64 experts"),
+        ({"scores": torch.zeros(4, 256), "bias": torch.zeros(256), "n_group": 8, "topk_group": 5}, "128 candidates"),
+        ({"topk_values": torch.zeros(4, 8, dtype=torch.bfloat16)}, "topk_values is torch.bfloat16"),
+        ({"topk_indices": torch.zeros(4, 7, dtype=torch.int32)}, "topk_indices is torch.int32 of shape"),
+        ({"routing_replay_out": torch.zeros(4, 8, dtype=torch.int32)}, "routing_replay_out is torch.int32"),
+        ({"routing_replay_out": torch.zeros(3, 8, dtype=torch.int16)}, r"shape\[0\] must be >= 4"),
+        ({"routing_replay_out": torch.zeros(8, 4, dtype=torch.int16).t()}, "contiguous"),
+    ],
+)  # fmt: skip
+def test_fused_topk_deepseek_refuses_what_flashinfer_refuses(changes: dict[str, object], message: str):  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        fused_topk_deepseek(**_deepseek(**changes))  # pyright: ignore[reportArgumentType]
+
+
+_INTERPRETED = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from kernels.test_routing import METHODS, _inputs
+from routing_replay.kernels.routing import route_reference
+from routing_replay.kernels.routing._triton import launch_route
+
+def check(method, tokens, dtype, forced):
+    logits, bias = _inputs(method, tokens, seed=tokens)
+    if tokens > 3:
+        logits[1] = torch.randint(-2, 3, logits[1].shape).float()
+        logits[2, ::3] = float("nan")
+        logits[3] = -logits[3].abs() * 30
+    logits = logits.to(dtype)
+    given = None
+    if forced:
+        given = torch.rand(tokens, method.num_experts).argsort(-1)[:, : method.top_k].short()
+        given[::3] = -1
+        if method.top_k > 1 and tokens > 1:
+            given[1, 1] = given[1, 0]
+    weights = torch.full((tokens, method.num_columns), float("nan"))
+    ids = torch.full((tokens, method.num_columns), -7, dtype=torch.int32)
+    recorded = torch.full((tokens + 2, method.top_k), -1, dtype=torch.int16)
+    launch_route(logits, method, weights, ids, routing_bias=bias, routing_replay_in=given, routing_replay_out=recorded)
+    expected_weights, expected = route_reference(logits, method, routing_bias=bias, routing_replay_in=given)
+    assert ids.tolist() == expected.tolist(), (method, tokens)
+    assert recorded[:tokens].tolist() == expected[:, : method.top_k].tolist()
+    assert (recorded[tokens:] == -1).all()
+    torch.testing.assert_close(weights, expected_weights, rtol=2e-6, atol=0, equal_nan=True)
+
+for name, method in METHODS.items():
+    if method.num_experts <= 256:
+        for tokens in (1, 5):
+            check(method, tokens, torch.float32, forced=tokens == 5)
+check(METHODS["grouped"], 17, torch.bfloat16, True)
+check(METHODS["RenormalizeNaive"], 65, torch.float32, False)
+check(METHODS["grouped"], 257, torch.float32, False)
+print("same")
+"""
+
+
+def test_interpreted_kernel_is_the_reference(tmp_path: Path):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERPRETED, str(Path(__file__).parents[1])],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "same", done.stderr[-3000:]

@@ -1,10 +1,16 @@
 """Fused mixture-of-experts ops in which routing can be recorded and forced."""
 
+from routing_replay.kernels.backend import Backend
 from routing_replay.kernels.experts import ActivationType
-from routing_replay.kernels.fused_moe import Backend, bf16_moe
+from routing_replay.kernels.fused_moe import bf16_moe
 from routing_replay.kernels.gather import MISSING_ID, RowFault, gather_rows
 from routing_replay.kernels.linear import ROW_BLOCK, linear
-from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
+from routing_replay.kernels.routing import (
+    RoutingMethod,
+    RoutingMethodType,
+    fused_topk_deepseek,
+    route,
+)
 
 __all__ = [
     "MISSING_ID",
@@ -15,6 +21,8 @@ __all__ = [
     "RoutingMethodType",
     "RowFault",
     "bf16_moe",
+    "fused_topk_deepseek",
     "gather_rows",
     "linear",
+    "route",
 ]

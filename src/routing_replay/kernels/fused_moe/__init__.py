@@ -1,6 +1,5 @@
 """Fused mixture-of-experts layers in which routing can be recorded and forced."""
 
-from routing_replay.kernels.fused_moe.backend import Backend, choose_backend
 from routing_replay.kernels.fused_moe.op import bf16_moe
 
-__all__ = ["Backend", "bf16_moe", "choose_backend"]
+__all__ = ["bf16_moe"]

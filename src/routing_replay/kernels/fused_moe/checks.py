@@ -9,7 +9,7 @@ from routing_replay.errors import ConfigError
 from routing_replay.kernels.experts import ActivationType
 from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
 
-__all__ = ["MoEShape", "check_moe_arguments", "check_replay_buffer", "checked_routing"]
+__all__ = ["MoEShape", "check_moe_arguments", "checked_routing"]
 
 _MAX_INT16 = torch.iinfo(torch.int16).max
 _FLOAT_DTYPES = (torch.bfloat16, torch.float32)
@@ -62,45 +62,6 @@ class MoEShape:
             )
 
 
-def check_replay_buffer(
-    name: str, buffer: Tensor | None, shape: MoEShape, device: torch.device
-) -> None:
-    """Check a replay buffer in FlashInfer's order: dtype, rank, columns, rows, contiguity, device.
-
-    Args:
-        name: Name of the argument, for the message.
-        buffer: int16 `[>= T, K]`, contiguous, or None.
-        shape: The integers of the call.
-        device: Device of `hidden_states`.
-
-    Raises:
-        ConfigError: The buffer is not as above.
-
-    Runtime: host only; no sync.
-    """
-    if buffer is None:
-        return
-    if buffer.dtype is not torch.int16:
-        raise ConfigError(f"{name} must be int16, got {buffer.dtype}")
-    if buffer.ndim != 2:
-        raise ConfigError(f"{name} must be 2D [num_tokens, top_k], got {buffer.ndim}D")
-    if buffer.shape[1] != shape.top_k:
-        raise ConfigError(f"{name} dim1 must equal top_k={shape.top_k}, got {buffer.shape[1]}")
-    if buffer.shape[0] < shape.num_tokens:
-        raise ConfigError(
-            f"{name} dim0 must be >= num_tokens={shape.num_tokens}, got {buffer.shape[0]}; "
-            "every token has one row"
-        )
-    if not buffer.is_contiguous():
-        raise ConfigError(
-            f"{name} must be contiguous (packed row-major), got strides {buffer.stride()}; pass a contiguous buffer"
-        )
-    if buffer.device != device:
-        raise ConfigError(
-            f"{name} is on {buffer.device}, hidden_states on {device}; use one device"
-        )
-
-
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
     if tuple(tensor.shape) != shape:
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
@@ -119,7 +80,6 @@ def checked_routing(
     shape: MoEShape,
     *,
     routing_method_type: int,
-    routing_bias: Tensor | None,
     groups: tuple[int | None, int | None],
     routed_scaling_factor: float | None,
     norm_topk_prob: bool,
@@ -129,7 +89,6 @@ def checked_routing(
     Args:
         shape: The integers of the call.
         routing_method_type: A `RoutingMethodType`.
-        routing_bias: A bias, or None.
         groups: `n_group` and `topk_group`; None, 0 and 1 mean none.
         routed_scaling_factor: Factor on the weights; None means 1.
         norm_topk_prob: As in `RoutingMethod`.
@@ -138,7 +97,7 @@ def checked_routing(
         The method.
 
     Raises:
-        ConfigError: A value is not accepted, a bias is given to a method that takes none, or missing where one is needed.
+        ConfigError: A value is not accepted.
 
     Runtime: host only; no sync.
     """
@@ -157,14 +116,6 @@ def checked_routing(
         norm_topk_prob=norm_topk_prob,
         num_fused_shared_experts=shape.num_fused_shared_experts,
     )
-    if routing_bias is not None and not method.takes_bias:
-        raise ConfigError(
-            f"routing_bias is given but routing method {method.type.name} takes none; pass None"
-        )
-    if routing_bias is None and method.type is RoutingMethodType.MiniMax2:
-        raise ConfigError(
-            "routing_bias is None but routing method MiniMax2 selects with one; pass it, or choose SigmoidRenorm"
-        )
     return method
 
 
@@ -175,7 +126,6 @@ def check_moe_arguments(
     weights: tuple[Tensor, Tensor],
     *,
     activation_type: int,
-    routing_bias: Tensor | None,
     per_expert: dict[str, tuple[Tensor | None, int]],
     output: Tensor | None,
 ) -> None:
@@ -187,7 +137,6 @@ def check_moe_arguments(
         hidden_states: `[T, H]`.
         weights: `gemm1_weights` and `gemm2_weights`.
         activation_type: An `ActivationType`.
-        routing_bias: `[E]` bfloat16 or float32, or None.
         per_expert: Optional per-expert tensors by name, with the size of their second axis (0: none).
         output: `[T, H]` or None.
 
@@ -212,11 +161,6 @@ def check_moe_arguments(
         (num_weights, num_rows, shape.hidden_size),
         (num_weights, shape.hidden_size, shape.intermediate_size),
     )
-    _check_optional("routing_bias", routing_bias, (shape.num_experts,), hidden_states)
-    if routing_bias is not None and routing_bias.dtype not in _FLOAT_DTYPES:
-        raise ConfigError(
-            f"routing_bias is {routing_bias.dtype}; accepted are torch.bfloat16 and torch.float32"
-        )
     _check_tensor(
         "routing_logits", routing_logits, (shape.num_tokens, shape.num_experts), hidden_states
     )

@@ -3,21 +3,21 @@
 import torch
 from torch import Tensor
 
+from routing_replay.kernels.backend import Backend, choose_backend
 from routing_replay.kernels.experts import (
     ActivationType,
     ExpertWeights,
     SwigluParameters,
     combine_reference,
 )
-from routing_replay.kernels.fused_moe.backend import Backend, choose_backend
 from routing_replay.kernels.fused_moe.checks import (
     MoEShape,
     check_moe_arguments,
-    check_replay_buffer,
     checked_routing,
 )
 from routing_replay.kernels.fused_moe.reference import MoEOptions, moe_reference
 from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
+from routing_replay.kernels.routing.checks import check_bias, check_replay_buffer
 
 __all__ = ["bf16_moe"]
 
@@ -265,7 +265,6 @@ def bf16_moe(
     routing = checked_routing(
         shape,
         routing_method_type=routing_method_type,
-        routing_bias=routing_bias,
         groups=(n_group, topk_group),
         routed_scaling_factor=routed_scaling_factor,
         norm_topk_prob=norm_topk_prob,
@@ -276,7 +275,6 @@ def bf16_moe(
         hidden_states,
         (gemm1_weights, gemm2_weights),
         activation_type=activation_type,
-        routing_bias=routing_bias,
         per_expert={
             "gemm1_alpha": (gemm1_alpha, 0),
             "gemm1_beta": (gemm1_beta, 0),
@@ -286,8 +284,13 @@ def bf16_moe(
         },
         output=output,
     )
-    check_replay_buffer("routing_replay_out", routing_replay_out, shape, hidden_states.device)
-    check_replay_buffer("routing_replay_in", routing_replay_in, shape, hidden_states.device)
+    device = hidden_states.device
+    check_bias(routing_bias, routing, device)
+    for name, buffer in (
+        ("routing_replay_out", routing_replay_out),
+        ("routing_replay_in", routing_replay_in),
+    ):
+        check_replay_buffer(name, buffer, num_tokens=shape.num_tokens, top_k=top_k, device=device)
     arguments = (
         routing_logits,
         routing_bias,
@@ -310,7 +313,7 @@ def bf16_moe(
         gemm1_clamp_limit,
         gemm1_bias,
         gemm2_bias,
-        str(choose_backend(backend)),
+        str(choose_backend(backend, device)),
         batch_invariant,
     )
     if not do_finalize:
