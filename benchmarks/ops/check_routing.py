@@ -41,7 +41,10 @@ METHODS = {
     "odd": RoutingMethod(type=Kind.SigmoidRenorm, num_experts=60, top_k=5, norm_topk_prob=False),
     "all": RoutingMethod(type=Kind.Renormalize, num_experts=8, top_k=8),
 }  # fmt: skip
-TIMED = {"softmax, E 128, K 8": METHODS["RenormalizeNaive"], "grouped, E 256, K 8": METHODS["grouped"]}  # fmt: skip
+TIMED = {
+    "softmax, E 128, K 8": METHODS["RenormalizeNaive"],
+    "grouped, E 256, K 8": METHODS["grouped"],
+}
 
 
 def logits_of(kind: str, tokens: int, num_experts: int) -> Tensor:
@@ -97,6 +100,9 @@ def check(method: RoutingMethod, dtype: torch.dtype, tokens: int, kind: str, *, 
     assert torch.equal(recorded[:tokens].long(), expected_ids[:, : method.top_k]), "record differs"
     assert (recorded[tokens:] == -1).all(), "a row past the end was written"
     assert torch.equal(weights.isnan(), expected.isnan()), "NaN weights differ"
+    if kind != "random":  # sums of float32 probabilities underflow elsewhere, in both alike
+        torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-30, equal_nan=True)
+        return 0.0
     # The reference in float64, at the ids that both picked.
     exact, _ = reference_in_float64(logits, method, bias, ids[:, : method.top_k])
     usable = weights.isfinite() & (exact.abs() > 1e-30)
@@ -150,7 +156,8 @@ def graph_time(call: Callable[[int], object], repeats: int = 100) -> dict[str, f
         end.record()
         torch.cuda.synchronize()
         times.append(1000 * begin.elapsed_time(end) / GRAPH_CALLS)
-    low, middle, high = statistics.quantiles(times, n=5)[0], statistics.median(times), statistics.quantiles(times, n=5)[3]  # fmt: skip
+    fifths = statistics.quantiles(times, n=5)
+    low, middle, high = fifths[0], statistics.median(times), fifths[-1]
     return {"us": round(middle, 3), "p20": round(low, 3), "p80": round(high, 3)}
 
 
@@ -162,7 +169,9 @@ def time_route(method: RoutingMethod, tokens: int) -> dict[str, object]:
     forced = torch.rand(tokens, method.num_experts, device="cuda").argsort(-1)
     forced = forced[:, : method.top_k].short().contiguous()
     out = graph_time(lambda i: route(logits[i], method, routing_bias=bias))
-    with_replay = graph_time(lambda i: route(logits[i], method, routing_bias=bias, routing_replay_out=buffer))  # fmt: skip
+    with_replay = graph_time(
+        lambda i: route(logits[i], method, routing_bias=bias, routing_replay_out=buffer)
+    )
     return {
         "tokens": tokens,
         "without_replay": out,
@@ -204,6 +213,8 @@ def main() -> None:
             error = check(method, dtype, tokens, kind, is_forced=is_forced)
         except AssertionError as err:
             raise SystemExit(f"{name} {dtype} T={tokens} {kind} forced={is_forced}: {err}") from err
+        if error > WEIGHT_TOLERANCE:
+            raise SystemExit(f"{name} {dtype} T={tokens}: a weight is off by {error:.2e}")
         if error > largest:
             largest, worst = error, f"{name} {dtype} T={tokens} {kind} forced={is_forced}"
         count += 1
