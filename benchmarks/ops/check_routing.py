@@ -179,7 +179,7 @@ def time_route(method: RoutingMethod, tokens: int) -> dict[str, object]:
         "recording_over_without": round(with_replay["us"] / out["us"], 4),
         "forced": graph_time(
             lambda i: route(logits[i], method, routing_bias=bias, routing_replay_in=forced)
-        ),  # fmt: skip
+        ),
     }
 
 
