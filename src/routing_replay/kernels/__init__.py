@@ -5,6 +5,7 @@ from routing_replay.kernels.experts import ActivationType
 from routing_replay.kernels.fused_moe import bf16_moe
 from routing_replay.kernels.gather import MISSING_ID, RowFault, gather_rows
 from routing_replay.kernels.linear import ROW_BLOCK, linear
+from routing_replay.kernels.permutation import PermutationPlan, plan_permutation
 from routing_replay.kernels.routing import (
     RoutingMethod,
     RoutingMethodType,
@@ -17,6 +18,7 @@ __all__ = [
     "ROW_BLOCK",
     "ActivationType",
     "Backend",
+    "PermutationPlan",
     "RoutingMethod",
     "RoutingMethodType",
     "RowFault",
@@ -24,5 +26,6 @@ __all__ = [
     "fused_topk_deepseek",
     "gather_rows",
     "linear",
+    "plan_permutation",
     "route",
 ]

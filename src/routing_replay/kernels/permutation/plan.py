@@ -92,10 +92,11 @@ class PermutationPlan:
         shape: What the plan was made for.
         expanded_idx_to_permuted_idx: int32 `[T * K]`: the row of each pair; -1 where it is not computed here (another
             rank's expert, an id that is none, an expert that came before in the same row).
-        permuted_idx_to_token_idx: int32 `[max_padded_tokens]`: the token of each row; -1 in padding and past the end.
-        cta_idx_xy_to_batch_idx: int32 `[max_ctas]`: *local* expert of each CTA; -1 past the end.
+        permuted_idx_to_token_idx: int32 `[max_padded_tokens]`: the token of each row; -1 in padding; undefined
+            past the end, as the next two are.
+        cta_idx_xy_to_batch_idx: int32 `[max_ctas]`: *local* expert of each CTA.
         cta_idx_xy_to_mn_limit: int32 `[max_ctas]`: one past the last row in use of each CTA, counted from the first row of
-            all. In a cluster it may lie at or below the CTA's own first row: `row < limit` decides; 0 past the end.
+            all. In a cluster it may lie at or below the CTA's own first row: `row < limit` decides.
         num_non_exiting_ctas: int32 `[1]`: CTAs that have an expert.
         total_num_padded_tokens: int32 `[1]`: rows in use, padding included.
     """

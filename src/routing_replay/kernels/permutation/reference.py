@@ -29,7 +29,7 @@ def plan_reference(topk_ids: Tensor, shape: PermutationShape) -> PermutationPlan
         shape: Sizes; `num_tokens` and `top_k` are those of the ids.
 
     Returns:
-        The plan, on the device of the ids.
+        The plan, on the device of the ids; past the end it holds -1, no expert, and 0.
 
     Runtime: no host sync; allocates O(T*K*K + T*K*tile_tokens), fixed by `shape`; CUDA-graph safe; bitwise deterministic;
         no gradients.
