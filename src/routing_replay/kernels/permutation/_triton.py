@@ -191,6 +191,12 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
         "rank": PermutationShape(**{**base, "num_experts": 256, "num_local_experts": 32, "local_expert_offset": 64}),
     }  # fmt: skip
     cases = [(name, _plan_kernel, signature, _constexprs(shape, are_distinct=True)) for name, shape in shapes.items()]  # fmt: skip
+    one = {
+        "num_pairs": 1,
+        **_constexprs(PermutationShape(**{**base, "num_tokens": 1, "top_k": 1}), are_distinct=True),
+    }
+    without = {name: kind for name, kind in signature.items() if name != "num_pairs"}
+    cases.append(("one_pair", _plan_kernel, without, one))  # Triton specialises an argument of 1
     cases.append(
         ("repeats", _plan_kernel, signature, _constexprs(shapes["batch"], are_distinct=False))
     )
