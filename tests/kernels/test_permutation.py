@@ -241,6 +241,8 @@ for tokens in (0, 1, 5, 17):
 check(1, 1, 8, 0, 8, 4, 1, False)
 check(65, 8, 32, 0, 32, 16, 2, False)
 check(257, 8, 16, 0, 16, 64, 1, True)
+check(1030, 8, 16, 0, 16, 16, 2, False)  # two launches
+check(1031, 8, 24, 3, 5, 12, 3, True)
 print("same")
 """
 

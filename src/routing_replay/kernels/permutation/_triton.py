@@ -1,4 +1,4 @@
-"""The plan of the grouped GEMMs as one Triton kernel: a program for each local expert."""
+"""The plan of the grouped GEMMs in Triton: one kernel for few pairs, a count before it for many."""
 
 # pyright: basic, reportIndexIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Triton's stubs describe neither launches nor the values inside a kernel.
@@ -14,7 +14,11 @@ from routing_replay.kernels.permutation.plan import PermutationPlan, Permutation
 
 __all__ = ["compile_cases", "launch_plan"]
 
+# Up to as many pairs one launch is enough: every program counts them all.
+_ONE_LAUNCH_PAIRS = 8192
 _MAX_BLOCK = 2048
+_COMPARED_PAIRS = 256
+_COUNTED_BLOCKS = 128
 _CTA_BLOCK = 32
 
 
@@ -107,6 +111,83 @@ def _plan_kernel(
     _finish_expert(tokens_ptr, batch_ptr, limit_ptr, num_ctas_ptr, total_ptr, mine, tiles, first_tile, count, TILE, TILE_POW2, CLUSTERS, BLOCK_C)  # fmt: skip
 
 
+@triton.jit
+def _count_kernel(
+    ids_ptr, counts_ptr, num_pairs, offset, NUM_EXPERTS: tl.constexpr, NUM_LOCAL: tl.constexpr, BINS: tl.constexpr,
+    TOP_K: tl.constexpr, DISTINCT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program for each block of pairs: how many go to each local expert."""
+    block = tl.program_id(0)
+    pair = block * BLOCK + tl.arange(0, BLOCK)
+    local, is_here = _local_experts(ids_ptr, pair, num_pairs, offset, NUM_EXPERTS, NUM_LOCAL, TOP_K, DISTINCT)  # fmt: skip
+    counts = tl.histogram(tl.where(is_here, local, 0), BINS, mask=is_here)
+    tl.store(counts_ptr + block * BINS + tl.arange(0, BINS), counts)
+
+
+@triton.jit
+def _counts_of_blocks(counts_ptr, block, num_blocks, BINS: tl.constexpr, COUNTED: tl.constexpr):
+    """Pairs of each expert in all blocks, and in those before one."""
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    before = tl.zeros((BINS,), tl.int32)
+    first = tl.full((), 0, tl.int32)
+    while first < num_blocks:
+        other = first + tl.arange(0, COUNTED)
+        at = counts_ptr + other[:, None] * BINS + bins[None, :]
+        found = tl.load(at, mask=(other < num_blocks)[:, None], other=0)
+        counts += tl.sum(found, axis=0)
+        before += tl.sum(tl.where((other < block)[:, None], found, 0), axis=0)
+        first += COUNTED
+    return counts, before
+
+
+@triton.jit
+def _place_kernel(
+    ids_ptr, expanded_ptr, tokens_ptr, batch_ptr, limit_ptr, num_ctas_ptr, total_ptr, counts_ptr, num_pairs, num_blocks,
+    offset, NUM_EXPERTS: tl.constexpr, NUM_LOCAL: tl.constexpr, BINS: tl.constexpr, TOP_K: tl.constexpr,
+    TILE: tl.constexpr, TILE_POW2: tl.constexpr, CLUSTERS: tl.constexpr, DISTINCT: tl.constexpr, BLOCK: tl.constexpr,
+    COUNTED: tl.constexpr, EXPERTS_POW2: tl.constexpr, CTAS_POW2: tl.constexpr,
+):  # fmt: skip
+    """A program for each block of pairs, which also finishes its share of experts and CTAs."""
+    block = tl.program_id(0)
+    counts, before = _counts_of_blocks(counts_ptr, block, num_blocks, BINS, COUNTED)
+    tiles = (counts + TILE - 1) // TILE
+    tile_ends = tl.cumsum(tiles, axis=0)
+    starts = (tile_ends - tiles) * TILE
+    total = tl.sum(tiles)
+
+    place = tl.arange(0, BLOCK)
+    pair = block * BLOCK + place
+    local, is_here = _local_experts(ids_ptr, pair, num_pairs, offset, NUM_EXPERTS, NUM_LOCAL, TOP_K, DISTINCT)  # fmt: skip
+    # The rank in the block: pairs of the same expert that come before. So few are compared faster than sorted.
+    mine, other = tl.where(is_here, local, -1), tl.where(is_here, local, -2)
+    is_before = (mine[:, None] == other[None, :]) & (place[None, :] < place[:, None])
+    rank = tl.sum(is_before.to(tl.int32), axis=1)
+    row = tl.gather(starts + before, tl.where(is_here, local, 0), 0) + rank
+    tl.store(expanded_ptr + pair, tl.where(is_here, row, -1), mask=pair < num_pairs)
+    tl.store(tokens_ptr + row.to(tl.int64), pair // TOP_K, mask=is_here)
+
+    expert = block + tl.arange(0, EXPERTS_POW2) * num_blocks
+    at = tl.minimum(expert, BINS - 1)
+    used = tl.gather(starts + counts, at, 0)
+    end = tl.gather(tile_ends * TILE, at, 0)
+    padding = used[:, None] + tl.arange(0, TILE_POW2)[None, :]
+    is_padding = (padding < end[:, None]) & (expert < NUM_LOCAL)[:, None]
+    missing = tl.full((EXPERTS_POW2, TILE_POW2), -1, tl.int32)
+    tl.store(tokens_ptr + padding.to(tl.int64), missing, mask=is_padding)
+
+    cta = block + tl.arange(0, CTAS_POW2) * num_blocks
+    is_cta = cta < total * CLUSTERS
+    batch = tl.sum((tile_ends[None, :] <= (cta // CLUSTERS)[:, None]).to(tl.int32), axis=1)
+    limit = tl.gather(starts + counts, tl.minimum(batch, BINS - 1), 0)
+    limit = tl.minimum((cta + 1) * (TILE // CLUSTERS), limit)
+    tl.store(batch_ptr + cta, batch, mask=is_cta)
+    tl.store(limit_ptr + cta, limit, mask=is_cta)
+    if block == 0:
+        tl.store(num_ctas_ptr, total * CLUSTERS)
+        tl.store(total_ptr, total * TILE)
+
+
 def _constexprs(shape: PermutationShape, *, are_distinct: bool) -> dict[str, Any]:
     block = min(_MAX_BLOCK, max(128, triton.next_power_of_2(shape.num_expanded)))
     return {
@@ -123,10 +204,40 @@ def _constexprs(shape: PermutationShape, *, are_distinct: bool) -> dict[str, Any
     }
 
 
+def _constexprs_of_two(
+    shape: PermutationShape, *, are_distinct: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """For the count, and for the placement after it."""
+    base = _constexprs(shape, are_distinct=are_distinct)
+    del base["BLOCK_C"]
+    base["BLOCK"] = _COMPARED_PAIRS
+    num_blocks = triton.cdiv(shape.num_expanded, _COMPARED_PAIRS)
+    share = {
+        "COUNTED": min(_COUNTED_BLOCKS, triton.next_power_of_2(num_blocks)),
+        "EXPERTS_POW2": triton.next_power_of_2(triton.cdiv(shape.num_local_experts, num_blocks)),
+        "CTAS_POW2": triton.next_power_of_2(triton.cdiv(shape.max_ctas, num_blocks)),
+    }
+    not_counted = ("TILE", "TILE_POW2", "CLUSTERS")
+    count = {name: value for name, value in base.items() if name not in not_counted}
+    return count, {**base, **share}
+
+
+def _launch_two(
+    buffers: tuple[Tensor, ...], shape: PermutationShape, *, are_distinct: bool
+) -> None:
+    """Count the pairs of each block, then place them."""
+    count, place = _constexprs_of_two(shape, are_distinct=are_distinct)
+    topk_ids, pairs, offset = buffers[0], shape.num_expanded, shape.local_expert_offset
+    num_blocks = triton.cdiv(pairs, _COMPARED_PAIRS)
+    counts = topk_ids.new_empty(num_blocks, count["BINS"])
+    _count_kernel[(num_blocks,)](topk_ids, counts, pairs, offset, num_warps=4, **count)
+    _place_kernel[(num_blocks,)](*buffers, counts, pairs, num_blocks, offset, num_warps=8, **place)
+
+
 def launch_plan(
     topk_ids: Tensor, shape: PermutationShape, *, are_distinct: bool = False
 ) -> PermutationPlan:
-    """Make a plan in one launch.
+    """Make a plan, in one launch up to 8,192 (token, rank) pairs, in two above.
 
     Args:
         topk_ids: int32 `[T, K]`, contiguous.
@@ -136,8 +247,8 @@ def launch_plan(
     Returns:
         The plan; nothing past `num_non_exiting_ctas` and `total_num_padded_tokens` is written.
 
-    Runtime: one launch; no sync; allocates the plan alone; CUDA-graph safe; bitwise deterministic; no gradients. Time
-        grows with T*K once that exceeds 2,048 pairs.
+    Runtime: one or two launches; no sync; allocates the plan and, for two launches, T*K*E_local/256 counts; CUDA-graph
+        safe; bitwise deterministic; no gradients.
     """
     make = topk_ids.new_empty
     plan = PermutationPlan(
@@ -158,6 +269,9 @@ def launch_plan(
         plan.num_non_exiting_ctas,
         plan.total_num_padded_tokens,
     )
+    if shape.num_expanded > _ONE_LAUNCH_PAIRS:
+        _launch_two(buffers, shape, are_distinct=are_distinct)
+        return plan
     constexprs = _constexprs(shape, are_distinct=are_distinct)
     _plan_kernel[(shape.num_local_experts,)](
         *buffers,
@@ -191,6 +305,13 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
         "rank": PermutationShape(**{**base, "num_experts": 256, "num_local_experts": 32, "local_expert_offset": 64}),
     }  # fmt: skip
     cases = [(name, _plan_kernel, signature, _constexprs(shape, are_distinct=True)) for name, shape in shapes.items()]  # fmt: skip
+    count, place = _constexprs_of_two(shapes["prefill"], are_distinct=True)
+    few = {
+        name: kind for name, kind in signature.items() if name in ("ids_ptr", "num_pairs", "offset")
+    }
+    cases.append(("count", _count_kernel, {**few, "counts_ptr": "*i32"}, count))
+    more = {**signature, "counts_ptr": "*i32", "num_blocks": "i32"}
+    cases.append(("place", _place_kernel, more, place))
     one = {
         "num_pairs": 1,
         **_constexprs(PermutationShape(**{**base, "num_tokens": 1, "top_k": 1}), are_distinct=True),
