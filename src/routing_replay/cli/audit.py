@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from routing_replay.cli.provenance import versions
-from routing_replay.cli.resources import check_device, model_folder
+from routing_replay.cli.resources import model_folder
 from routing_replay.errors import ConfigError
 from routing_replay.trace import RolloutReader
 
@@ -203,12 +203,12 @@ def run_audit(options: AuditOptions) -> int:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    from routing_replay.engine import load_tokenizer
+    from routing_replay.engine import load_tokenizer, usable_device
     from routing_replay.report import audit
 
     if options.max_samples is not None and options.max_samples < 2:
         raise ConfigError(f"max_samples={options.max_samples}; accepted is 2 or more")
-    check_device(options.device)
+    usable_device(options.device)
     samples, rollout = load_samples(options.rollout, options.max_samples)
     folder = model_folder(options.model)
     transformers_logging.disable_progress_bar()

@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from routing_replay.cli.prompts import PromptFile
-from routing_replay.cli.resources import check_device, model_folder
+from routing_replay.cli.resources import model_folder
 from routing_replay.cli.rollout_options import RolloutOptions
 from routing_replay.cli.sources import OnFailure, SampleSource
 from routing_replay.errors import ConfigError
@@ -113,7 +113,7 @@ def own_engine(options: RolloutOptions, prompts: PromptFile) -> SampleSource:
     Raises:
         ConfigError: An option or a prompt is not accepted, or belongs to another engine.
     """
-    from routing_replay.engine import LLM
+    from routing_replay.engine import LLM, usable_device
 
     foreign = [name for name in _FOREIGN if getattr(options, name) not in (None, False)]
     if foreign:
@@ -122,7 +122,7 @@ def own_engine(options: RolloutOptions, prompts: PromptFile) -> SampleSource:
             f"{named}: for --engine vllm or sglang, and the engine is routing-replay; leave out, or name the engine"
         )
     given = _given(options)
-    check_device(str(given["device"]))
+    usable_device(str(given["device"]))
     config, params = _settings(given, len(prompts.names))
     llm = LLM(
         model_folder(options.model),

@@ -1,10 +1,10 @@
-"""The models and devices that commands are given by name."""
+"""The models and folders that commands are given by name."""
 
 from pathlib import Path
 
 from routing_replay.errors import ConfigError
 
-__all__ = ["EMBEDDED_MODEL", "check_device", "check_new_folder", "model_folder"]
+__all__ = ["EMBEDDED_MODEL", "check_new_folder", "model_folder"]
 
 EMBEDDED_MODEL = "tiny-moe"
 """The name of the embedded model."""
@@ -31,29 +31,6 @@ def model_folder(name: str, *, with_weights: bool = True) -> Path:
         if name == EMBEDDED_MODEL
         else find_model_folder(name, with_weights=with_weights)
     )
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that is not there, before a model is loaded.
-
-    Args:
-        name: A torch device.
-
-    Raises:
-        ConfigError: torch does not know it, or this machine does not have it.
-
-    Runtime: puts one element on the device.
-    """
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    # What torch raises depends on the device and on how torch was built.
-    except (RuntimeError, AssertionError, NotImplementedError) as err:
-        reason = str(err).splitlines()[0]
-        raise ConfigError(
-            f"device={name!r} cannot be used ({reason}); accepted are cpu, and cuda where torch sees one"
-        ) from err
 
 
 def check_new_folder(path: Path) -> None:

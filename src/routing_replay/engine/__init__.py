@@ -2,6 +2,7 @@
 
 from routing_replay.engine.config import EngineConfig, LogprobsMode
 from routing_replay.engine.core import EngineCore, FinishedRequest, Forcing
+from routing_replay.engine.device import usable_device
 from routing_replay.engine.llm import LLM, Prompt
 from routing_replay.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from routing_replay.engine.sampling_params import SamplingParams
@@ -21,4 +22,5 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "load_tokenizer",
+    "usable_device",
 ]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from routing_replay.engine.config import EngineConfig
 from routing_replay.engine.core import EngineCore, FinishedRequest, Forcing
+from routing_replay.engine.device import usable_device
 from routing_replay.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from routing_replay.engine.request import Request
 from routing_replay.engine.sampling_params import SamplingParams
@@ -66,7 +67,7 @@ class LLM:
         self.core = EngineCore(
             folder,
             dtype=_DTYPES[dtype],
-            device=_usable_device(device),
+            device=usable_device(device),
             config=config,
             make_decoder=None if self.tokenizer is None else self.tokenizer.make_decoder,
         )
@@ -278,18 +279,6 @@ class LLM:
         return {
             token: replace(value, decoded_token=decode([token])) for token, value in entry.items()
         }
-
-
-def _usable_device(name: str) -> torch.device:
-    """The device, once it has held an element."""
-    try:
-        return torch.empty(1, device=name).device
-    # What torch raises depends on the device and on how torch was built.
-    except (RuntimeError, AssertionError, NotImplementedError) as err:
-        raise ConfigError(
-            f"device={name!r} cannot be used ({str(err).splitlines()[0]}); accepted are 'cpu', and 'cuda' where torch "
-            "sees a GPU"
-        ) from err
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -106,7 +106,7 @@ def checked_routing(
         raise ConfigError(
             f"routing_method_type={routing_method_type} is not supported; accepted are {accepted}"
         )
-    method = RoutingMethod(
+    return RoutingMethod(
         type=RoutingMethodType(routing_method_type),
         num_experts=shape.num_experts,
         top_k=shape.top_k,
@@ -116,7 +116,6 @@ def checked_routing(
         norm_topk_prob=norm_topk_prob,
         num_fused_shared_experts=shape.num_fused_shared_experts,
     )
-    return method
 
 
 def check_moe_arguments(

@@ -11,7 +11,7 @@ from routing_replay.kernels.experts import (
     SwigluParameters,
     experts_reference,
 )
-from routing_replay.kernels.routing import RoutingMethod, route_reference
+from routing_replay.kernels.routing import RoutingMethod, route_reference, usable_ids
 
 __all__ = ["MoEOptions", "moe_reference"]
 
@@ -40,9 +40,8 @@ def _local_ids(
     if is_native and num_local == num_experts:
         return topk_ids
     local = topk_ids - offset
-    is_here = (topk_ids >= 0) & (topk_ids < num_experts) & (local >= 0) & (local < num_local)
-    repeated = (topk_ids.unsqueeze(2) == topk_ids.unsqueeze(1)).tril(diagonal=-1).any(dim=2)
-    return local.where(is_here & ~repeated, -1)
+    is_here = (local >= 0) & (local < num_local)
+    return local.where(is_here & usable_ids(topk_ids, num_experts), -1)
 
 
 def moe_reference(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from routing_replay.kernels.permutation.plan import PermutationPlan, PermutationShape
+from routing_replay.kernels.routing import usable_ids
 
 __all__ = ["plan_reference"]
 
@@ -11,11 +12,9 @@ __all__ = ["plan_reference"]
 def _local_ids(topk_ids: Tensor, shape: PermutationShape) -> Tensor:
     """Local experts int64 `[T * K]`; `num_local_experts` for a pair that is not computed here."""
     local = topk_ids.long() - shape.local_expert_offset
-    in_model = (topk_ids >= 0) & (topk_ids < shape.num_experts)
-    is_here = in_model & (local >= 0) & (local < shape.num_local_experts)
-    same = topk_ids.unsqueeze(2) == topk_ids.unsqueeze(1)  # [T, K, K]
-    repeated = same.tril(diagonal=-1).any(dim=2)
-    return local.where(is_here & ~repeated, shape.num_local_experts).flatten()
+    is_here = (local >= 0) & (local < shape.num_local_experts)
+    is_here &= usable_ids(topk_ids, shape.num_experts)
+    return local.where(is_here, shape.num_local_experts).flatten()
 
 
 def plan_reference(topk_ids: Tensor, shape: PermutationShape) -> PermutationPlan:

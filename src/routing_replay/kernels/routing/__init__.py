@@ -3,7 +3,7 @@
 from routing_replay.kernels.routing.fused_topk_deepseek import fused_topk_deepseek
 from routing_replay.kernels.routing.method import RoutingMethod, RoutingMethodType
 from routing_replay.kernels.routing.op import route
-from routing_replay.kernels.routing.reference import route_reference
+from routing_replay.kernels.routing.reference import route_reference, usable_ids
 
 __all__ = [
     "RoutingMethod",
@@ -11,4 +11,5 @@ __all__ = [
     "fused_topk_deepseek",
     "route",
     "route_reference",
+    "usable_ids",
 ]

@@ -1,4 +1,4 @@
-"""Routing as one Triton kernel: scores, top-k, weights, the replay row, and the plan of the grouped GEMMs."""
+"""Routing as one Triton kernel: scores, top-k, weights, and the replay row."""
 
 # pyright: basic, reportIndexIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # Triton's stubs describe neither launches nor the values inside a kernel.
@@ -246,12 +246,7 @@ def _normalization(method: RoutingMethod, *, in_float64: bool) -> int:
         return 3
     if method.type is RoutingMethodType.RenormalizeNaive:
         return 1
-    divides = method.type in (
-        RoutingMethodType.DeepSeekV3,
-        RoutingMethodType.MiniMax2,
-        RoutingMethodType.SigmoidRenorm,
-    )
-    return 2 if divides and method.norm_topk_prob else 0
+    return 2 if method.divides_by_sum else 0
 
 
 def _constexprs(

@@ -61,7 +61,6 @@ class RoutingMethodType(IntEnum):
 
 
 _SELECTION_BIAS = (RoutingMethodType.DeepSeekV3, RoutingMethodType.MiniMax2)
-_SCALED = (*_SELECTION_BIAS,)
 _ROUTER_BIAS = (RoutingMethodType.Renormalize, RoutingMethodType.TopK, RoutingMethodType.TopKSigmoid)  # fmt: skip
 
 
@@ -123,11 +122,17 @@ class RoutingMethod:
         """Whether a bias belongs to the router's GEMM: it then changes the weights as well."""
         return self.type in _ROUTER_BIAS
 
+    @property
+    def divides_by_sum(self) -> bool:
+        """Whether `norm_topk_prob` applies and is set; RenormalizeNaive always divides."""
+        can = self.type in _SELECTION_BIAS or self.type is RoutingMethodType.SigmoidRenorm
+        return can and self.norm_topk_prob
+
     def _check_parameters(self) -> None:
         name = self.type.name
         if self.type is RoutingMethodType.Llama4 and self.top_k != 1:
             raise ConfigError(f"top_k={self.top_k} with routing method {name}; accepted is 1")
-        if self.routed_scaling_factor != 1.0 and self.type not in _SCALED:
+        if self.routed_scaling_factor != 1.0 and self.type not in _SELECTION_BIAS:
             raise ConfigError(
                 f"routed_scaling_factor={self.routed_scaling_factor} but routing method {name} applies none; pass None or 1"
             )

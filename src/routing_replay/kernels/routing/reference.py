@@ -5,7 +5,7 @@ from torch import Tensor
 
 from routing_replay.kernels.routing.method import RoutingMethod, RoutingMethodType
 
-__all__ = ["route_reference"]
+__all__ = ["route_reference", "usable_ids"]
 
 _TINY = 1e-20
 _SOFTMAX_FIRST = (RoutingMethodType.Default, RoutingMethodType.RenormalizeNaive)
@@ -16,11 +16,6 @@ _SIGMOID_FIRST = (
     RoutingMethodType.Sigmoid,
 )
 _SIGMOID_LAST = (RoutingMethodType.Llama4, RoutingMethodType.TopKSigmoid)
-_SUM_TO_SCALE = (
-    RoutingMethodType.DeepSeekV3,
-    RoutingMethodType.MiniMax2,
-    RoutingMethodType.SigmoidRenorm,
-)
 
 
 def _ranked(keys: Tensor, count: int) -> Tensor:
@@ -68,8 +63,18 @@ def _scores(logits: Tensor, method: RoutingMethod) -> Tensor:
     return logits.float()
 
 
-def _usable(topk_ids: Tensor, num_experts: int) -> Tensor:
-    """Which columns of int64 `[T, K]` hold an id in range that no earlier column of the row holds; bool `[T, K]`."""
+def usable_ids(topk_ids: Tensor, num_experts: int) -> Tensor:
+    """Tell which ids count: those in range that no earlier column of their row holds.
+
+    Args:
+        topk_ids: Integers `[T, K]`.
+        num_experts: Experts that there are.
+
+    Returns:
+        bool `[T, K]`.
+
+    Runtime: no host sync; allocates O(T*K*K); CUDA-graph safe; bitwise deterministic.
+    """
     in_range = (topk_ids >= 0) & (topk_ids < num_experts)
     same = topk_ids.unsqueeze(2) == topk_ids.unsqueeze(1)  # [T, K, K]
     repeated = same.tril(diagonal=-1).any(dim=2)
@@ -88,7 +93,7 @@ def _weights(scores: Tensor, topk_ids: Tensor, usable: Tensor, method: RoutingMe
         total = picked.sum(dim=-1, keepdim=True)
         # A row without any usable id has no weight to share out; dividing would make it NaN.
         return picked / total.where(usable.any(dim=-1, keepdim=True), 1.0)
-    if method.type in _SUM_TO_SCALE and method.norm_topk_prob:
+    if method.divides_by_sum:
         # All selected sigmoids can underflow to 0.
         picked = picked / (picked.sum(dim=-1, keepdim=True) + _TINY)
     return picked if method.routed_scaling_factor == 1.0 else picked * method.routed_scaling_factor
@@ -133,7 +138,7 @@ def route_reference(
     else:
         given = routing_replay_in[:num_tokens].long()
         topk_ids = torch.where(given[:, :1] == -1, topk_ids, given)
-        usable = _usable(topk_ids, num_experts)
+        usable = usable_ids(topk_ids, num_experts)
     weights = _weights(scores, topk_ids, usable, method)
     if not method.num_fused_shared_experts:
         return weights, topk_ids
