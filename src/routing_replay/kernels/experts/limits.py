@@ -1,0 +1,157 @@
+"""What a configuration must keep to run: the limits of the engines and of the devices' shared memory."""
+
+from routing_replay.kernels.experts.config import ENGINES, ExpertsConfig, ExpertsShape, GemmTile
+
+__all__ = [
+    "HOPPER_DEPTH",
+    "HOPPER_WARPS",
+    "config_problem",
+    "engine_problem",
+    "shared_memory_bytes",
+    "shared_memory_limit",
+]
+
+HOPPER_DEPTH = 64
+HOPPER_WARPS = 4
+_HOPPER_TOKENS = (16, 32, 64, 128)
+_HOPPER_ROWS = (64, 128)
+_HOPPER_STAGES = range(3, 13)
+_MOST_STAGES = 12
+_RESERVED_BYTES = 1024  # barriers and what the compiler keeps for itself
+
+# Shared memory that one CTA may opt in to: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+_SMALL_SHARED_MEMORY = 99 * 1024
+_SHARED_MEMORY = {
+    (8, 0): 163 * 1024,
+    (8, 6): _SMALL_SHARED_MEMORY,
+    (8, 7): 163 * 1024,
+    (8, 9): _SMALL_SHARED_MEMORY,
+    (9, 0): 227 * 1024,
+    (10, 0): 227 * 1024,
+    (10, 3): 227 * 1024,
+    (11, 0): 227 * 1024,
+    (12, 0): _SMALL_SHARED_MEMORY,
+    (12, 1): _SMALL_SHARED_MEMORY,
+}
+
+
+def shared_memory_limit(capability: tuple[int, int]) -> int:
+    """Return the shared memory that one CTA may use.
+
+    Args:
+        capability: Compute capability of the device; one that is not known counts as the smallest of all.
+
+    Returns:
+        Bytes.
+    """
+    return _SHARED_MEMORY.get(capability, _SMALL_SHARED_MEMORY)
+
+
+def shared_memory_bytes(tile_tokens: int, tile: GemmTile, element_bytes: int = 2) -> int:
+    """Return an upper bound of the shared memory of a CTA: every stage holds both operands of one step.
+
+    Args:
+        tile_tokens: Rows of tokens.
+        tile: The rest of the tile.
+        element_bytes: Bytes of an element of the operands.
+
+    Returns:
+        Bytes.
+    """
+    stage = (tile_tokens + tile.rows) * tile.depth * element_bytes
+    return stage * tile.stages + _RESERVED_BYTES
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value & (value - 1) == 0
+
+
+def engine_problem(engine: str, shape: ExpertsShape, capability: tuple[int, int]) -> str | None:
+    """Say why an engine cannot run a layer.
+
+    Args:
+        engine: Its name.
+        shape: The layer.
+        capability: Compute capability of the device.
+
+    Returns:
+        What is wrong, what is accepted and what to do; None where it can.
+    """
+    if engine not in ENGINES:
+        return f"engine={engine!r}; accepted are {', '.join(ENGINES)}; leave it out for the fastest"
+    if engine == "portable":
+        return None
+    instead = "use engine='portable' or leave it out"
+    if capability != (9, 0):
+        return f"engine='hopper' at capability={capability}; accepted is (9, 0): {instead}"
+    sizes = (shape.hidden_size, shape.intermediate_size)
+    if any(size % HOPPER_DEPTH for size in sizes):
+        return (
+            f"engine='hopper' with hidden_size={sizes[0]}, intermediate_size={sizes[1]}; accepted are multiples of "
+            f"{HOPPER_DEPTH}: {instead}"
+        )
+    if shape.element_bytes != 2:
+        return f"engine='hopper' with elements of {shape.element_bytes} bytes; accepted is bfloat16: {instead}"
+    return None
+
+
+def _hopper_problem(name: str, tile: GemmTile) -> str | None:
+    accepted = {
+        "rows": _HOPPER_ROWS,
+        "depth": (HOPPER_DEPTH,),
+        "stages": _HOPPER_STAGES,
+        "warps": (HOPPER_WARPS,),
+    }
+    for field, values in accepted.items():
+        value: int = getattr(tile, field)
+        if value not in values:
+            names = ", ".join(map(str, values))
+            return f"{name}.{field}={value} with engine='hopper'; accepted are {names}"
+    return None
+
+
+def _portable_problem(name: str, tile: GemmTile) -> str | None:
+    ranges = {"rows": (32, 256), "depth": (16, 256), "warps": (1, 16)}
+    for field, (least, most) in ranges.items():
+        value: int = getattr(tile, field)
+        if not least <= value <= most or not _is_power_of_two(value):
+            return f"{name}.{field}={value}; accepted are powers of two in [{least}, {most}]"
+    if tile.stages > _MOST_STAGES:
+        return f"{name}.stages={tile.stages}; accepted is [1, {_MOST_STAGES}]"
+    return None
+
+
+def config_problem(
+    config: ExpertsConfig, shape: ExpertsShape, capability: tuple[int, int]
+) -> str | None:
+    """Say why a configuration cannot run.
+
+    Args:
+        config: What is to run.
+        shape: The layer.
+        capability: Compute capability of the device.
+
+    Returns:
+        What is wrong, what is accepted and what to do; None where it can.
+    """
+    problem = engine_problem(config.engine, shape, capability)
+    if problem is not None:
+        return problem
+    is_hopper = config.engine == "hopper"
+    tokens = config.tile_tokens
+    if is_hopper and tokens not in _HOPPER_TOKENS:
+        return f"tile_tokens={tokens} with engine='hopper'; accepted are 16, 32, 64, 128"
+    if not 16 <= tokens <= 256 or not _is_power_of_two(tokens):
+        return f"tile_tokens={tokens}; accepted are powers of two in [16, 256]"
+    for name, tile in (("gemm1", config.gemm1), ("gemm2", config.gemm2)):
+        problem = _hopper_problem(name, tile) if is_hopper else _portable_problem(name, tile)
+        if problem is not None:
+            return problem
+        needed = shared_memory_bytes(tokens, tile, shape.element_bytes)
+        limit = shared_memory_limit(capability)
+        if needed > limit:
+            return (
+                f"{name}={tile} with tile_tokens={tokens} needs up to {needed} bytes of shared memory; accepted are "
+                f"{limit} at capability={capability}: take fewer stages, less depth or fewer rows"
+            )
+    return None
