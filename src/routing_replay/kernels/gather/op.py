@@ -33,8 +33,16 @@ def _(*_: object) -> None:
     return None
 
 
+_MAX_INT16 = torch.iinfo(torch.int16).max
+
+
 def _check(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: str, ok: bool
+    name: str,
+    tensor: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: str,
+    ok: bool,
+    device: torch.device,
 ) -> None:
     if tensor.dtype not in dtypes:
         accepted = " or ".join(str(dtype) for dtype in dtypes)
@@ -43,6 +51,8 @@ def _check(
         raise ConfigError(f"{name} has shape {tuple(tensor.shape)}; accepted is {shape}")
     if not tensor.is_contiguous():
         raise ConfigError(f"{name} has strides {tensor.stride()}; pass a contiguous tensor")
+    if tensor.device != device:
+        raise ConfigError(f"{name} is on {tensor.device}, expected {device}, where the cache is")
 
 
 def gather_rows(
@@ -65,21 +75,27 @@ def gather_rows(
         num_experts: E.
 
     Raises:
-        ConfigError: A dtype, shape, stride or count is not accepted.
+        ConfigError: A dtype, shape, stride, device or count is not accepted.
 
     Runtime: no host sync; allocates nothing on a GPU (the CPU reference O(n*L*K)); CUDA-graph safe; bitwise
         deterministic; no gradients.
     """
-    num_rows = row_idx.shape[0]
+    if not 0 < num_experts <= _MAX_INT16:
+        raise ConfigError(
+            f"num_experts={num_experts} is outside [1, {_MAX_INT16}]; the cache holds int16 ids"
+        )
+    device = cache.device
     out_dtypes = (torch.uint8, torch.int16) if num_experts <= 255 else (torch.int16,)
-    _check("cache", cache, (torch.int16,), "[L, N, K]", cache.ndim == 3)
-    _check("row_idx", row_idx, (torch.int64,), "[n]", row_idx.ndim == 1)
+    _check("cache", cache, (torch.int16,), "[L, N, K]", cache.ndim == 3, device)
+    _check("row_idx", row_idx, (torch.int64,), "[n]", row_idx.ndim == 1, device)
+    num_rows = row_idx.shape[0]
     num_layers, capacity, top_k = cache.shape
     fits = rows_out.ndim == 3 and rows_out.shape[0] >= num_rows
     fits = fits and tuple(rows_out.shape[1:]) == (num_layers, top_k)
-    _check("rows_out", rows_out, out_dtypes, f"[>= {num_rows}, {num_layers}, {top_k}]", fits)
+    expected = f"[>= {num_rows}, {num_layers}, {top_k}]"
+    _check("rows_out", rows_out, out_dtypes, expected, fits, device)
     fits = flags_out.ndim == 1 and flags_out.shape[0] >= num_rows
-    _check("flags_out", flags_out, (torch.uint8,), f"[>= {num_rows}]", fits)
+    _check("flags_out", flags_out, (torch.uint8,), f"[>= {num_rows}]", fits, device)
     if not num_rows <= num_reset <= capacity:
         raise ConfigError(
             f"num_reset={num_reset} is outside [{num_rows} rows to gather, {capacity} rows of the cache]"

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from routing_replay.errors import ConfigError
+
 __all__ = ["ROW_BLOCK", "linear", "multiply_rows", "suits_few_rows"]
 
 # Below this many rows a CPU streams the weight faster as the left factor of a GEMM: measured 1.2x on one thread of an
@@ -11,6 +13,24 @@ _FEW_ROWS = 64
 
 ROW_BLOCK = 16
 """Rows of every GEMM of a batch-invariant product."""
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.ndim != 2:
+        raise ConfigError(f"weight has shape {tuple(weight.shape)}, expected [out, in]")
+    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ConfigError(
+            f"x has shape {tuple(x.shape)}, expected [num_rows, {weight.shape[1]}], the columns of the weight"
+        )
+    if weight.dtype not in (torch.float32, x.dtype):
+        raise ConfigError(
+            f"weight is {weight.dtype}; accepted is torch.float32 or the dtype of x, {x.dtype}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ConfigError(f"bias has shape {tuple(bias.shape)}, expected [{weight.shape[0]}]")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ConfigError(f"{name} is on {tensor.device}, x on {x.device}; use one device")
 
 
 def linear(
@@ -32,9 +52,13 @@ def linear(
     Returns:
         `[T, out]` in the dtype of `x`.
 
+    Raises:
+        ConfigError: A shape, dtype or device is not accepted.
+
     Runtime: no host sync; allocates O(T*(in+out)); CUDA-graph safe; bitwise deterministic for one shape, and with
         `batch_invariant` for one row; differentiable.
     """
+    _check(x, weight, bias)
     rows = x.to(weight.dtype)
     if not batch_invariant:
         return multiply_rows(rows, weight, bias).to(x.dtype)

@@ -14,7 +14,7 @@ _FLOAT_DTYPES = (torch.bfloat16, torch.float32)
 def check_replay_buffer(
     name: str, buffer: Tensor | None, *, num_tokens: int, top_k: int, device: torch.device
 ) -> None:
-    """Check a replay buffer in FlashInfer's order: dtype, rank, columns, rows, contiguity, device.
+    """Check a replay buffer in FlashInfer's order and words: dtype, rank, columns, rows, contiguity, then device.
 
     Args:
         name: Name of the argument, for the message.
@@ -31,22 +31,32 @@ def check_replay_buffer(
     if buffer is None:
         return
     if buffer.dtype is not torch.int16:
-        raise ConfigError(f"{name} must be int16, got {buffer.dtype}")
+        raise ConfigError(
+            f"{name} must be int16, got {buffer.dtype}; allocate it with dtype=torch.int16"
+        )
     if buffer.ndim != 2:
-        raise ConfigError(f"{name} must be 2D [num_tokens, top_k], got {buffer.ndim}D")
+        raise ConfigError(
+            f"{name} must be 2D [num_tokens, top_k], got {buffer.ndim}D; pass one layer's [>= {num_tokens}, {top_k}]"
+        )
     if buffer.shape[1] != top_k:
-        raise ConfigError(f"{name} dim1 must equal top_k={top_k}, got {buffer.shape[1]}")
+        raise ConfigError(
+            f"{name} dim1 must equal top_k={top_k}, got {buffer.shape[1]}; routed experts alone have a column, fused "
+            "shared ones have none"
+        )
     if buffer.shape[0] < num_tokens:
         raise ConfigError(
-            f"{name} dim0 must be >= num_tokens={num_tokens}, got {buffer.shape[0]}; "
-            "every token has one row"
+            f"{name} dim0 must be >= num_tokens={num_tokens}, got {buffer.shape[0]}; the routing kernel uses one replay "
+            f"row per token: pass {num_tokens} rows or more"
         )
     if not buffer.is_contiguous():
         raise ConfigError(
-            f"{name} must be contiguous (packed row-major), got strides {buffer.stride()}; pass a contiguous buffer"
+            f"{name} must be contiguous (packed row-major), got strides {buffer.stride()}; keep layers in the first axis "
+            "of a cache, so that each layer's rows are packed"
         )
     if buffer.device != device:
-        raise ConfigError(f"{name} is on {buffer.device}, expected {device}; use one device")
+        raise ConfigError(
+            f"{name} is on {buffer.device}, expected {device}; allocate it where the router logits are"
+        )
 
 
 def check_logits(logits: Tensor, method: RoutingMethod) -> None:

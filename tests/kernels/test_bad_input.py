@@ -1,0 +1,261 @@
+"""Bad arguments of every public op: refused by name, with the value and what is accepted, before anything is written."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
+
+import pytest
+import torch
+from torch import Tensor
+
+from routing_replay import kernels
+from routing_replay.kernels import (
+    RoutingMethod,
+    RoutingMethodType,
+    bf16_moe,
+    fused_topk_deepseek,
+    gather_rows,
+    linear,
+    plan_permutation,
+    route,
+)
+
+Kind = RoutingMethodType
+Arguments = dict[str, object]
+T, E, K, H, INNER = 4, 8, 2, 16, 12
+int16, int32 = torch.int16, torch.int32
+META = torch.device("meta")
+
+
+def _buffer(rows: int = T + 2, columns: int = K) -> Tensor:
+    return torch.full((rows, columns), -1, dtype=int16)
+
+
+def _method(**changes: object) -> RoutingMethod:
+    fields = {"type": Kind.RenormalizeNaive, "num_experts": E, "top_k": K, **changes}
+    return RoutingMethod(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def _route(**changes: object) -> Arguments:
+    return {"router_logits": torch.randn(T, E), "method": _method(), "routing_replay_out": _buffer(), **changes}  # fmt: skip
+
+
+def _moe(**changes: object) -> Arguments:
+    return {
+        "routing_logits": torch.randn(T, E), "routing_bias": None, "hidden_states": torch.randn(T, H),
+        "gemm1_weights": torch.randn(E, 2 * INNER, H), "gemm2_weights": torch.randn(E, H, INNER), "num_experts": E, "top_k": K,
+        "n_group": None, "topk_group": None, "intermediate_size": INNER, "local_expert_offset": 0, "local_num_experts": E,
+        "routing_method_type": Kind.RenormalizeNaive, "routing_replay_out": _buffer(),
+        "output": torch.full((T, H), 7.0), **changes,
+    }  # fmt: skip
+
+
+def _deepseek(**changes: object) -> Arguments:
+    return {
+        "scores": torch.randn(T, 64), "bias": torch.zeros(64), "n_group": 4, "topk_group": 2, "topk": K,
+        "routed_scaling_factor": 1.0, "topk_values": torch.full((T, K), 7.0),
+        "topk_indices": torch.full((T, K), 7, dtype=int32), "routing_replay_out": _buffer(), **changes,
+    }  # fmt: skip
+
+
+def _gather(**changes: object) -> Arguments:
+    return {
+        "cache": torch.zeros(3, 8, K, dtype=int16), "row_idx": torch.arange(T), "num_reset": T, "num_experts": E,
+        "rows_out": torch.full((T, 3, K), 7, dtype=int16), "flags_out": torch.full((T,), 7, dtype=torch.uint8), **changes,
+    }  # fmt: skip
+
+
+def _plan(**changes: object) -> Arguments:
+    ids = torch.tensor([[0, 1]] * T, dtype=int32)
+    return {"topk_ids": ids, "num_experts": E, "tile_tokens": 4, **changes}
+
+
+def _linear(**changes: object) -> Arguments:
+    return {"x": torch.randn(T, H), "weight": torch.randn(INNER, H), **changes}
+
+
+OPS: dict[str, tuple[Callable[..., object], Callable[..., Arguments]]] = {
+    "route": (route, _route),
+    "bf16_moe": (bf16_moe, _moe),
+    "fused_topk_deepseek": (fused_topk_deepseek, _deepseek),
+    "gather_rows": (gather_rows, _gather),
+    "plan_permutation": (plan_permutation, _plan),
+    "linear": (linear, _linear),
+}
+
+FAULTS = (
+    "dtype", "rank", "rows", "columns", "stride", "device", "groups", "K > E", "bias", "EP range", "E > int16",
+)  # fmt: skip
+
+NOT_APPLICABLE = {
+    **dict.fromkeys([("route", "EP range"), ("fused_topk_deepseek", "EP range")], "routes among all experts"),
+    ("fused_topk_deepseek", "device"): "FlashInfer's own checks, which have none",
+    **dict.fromkeys([("gather_rows", fault) for fault in ("groups", "K > E", "bias", "EP range")], "copies rows"),
+    **dict.fromkeys([("plan_permutation", fault) for fault in ("rows", "columns")], "ids alone decide T and K"),
+    **dict.fromkeys([("plan_permutation", fault) for fault in ("groups", "bias")], "does not route"),
+    ("plan_permutation", "device"): "one tensor",
+    ("plan_permutation", "K > E"): "a row may hold ids that are none",
+    ("plan_permutation", "E > int16"): "its ids are int32",
+    **dict.fromkeys([("linear", fault) for fault in ("stride", "rows", "groups", "K > E", "EP range", "E > int16")],
+                    "torch's own GEMM, any rows and strides, no experts"),
+}  # fmt: skip
+
+BAD: list[tuple[str, str, Callable[[], Arguments], str]] = [
+    ("route", "dtype", lambda: _route(router_logits=torch.zeros(T, E, dtype=torch.float64)), "router_logits is torch.float64; accepted are"),
+    ("route", "dtype", lambda: _route(routing_replay_out=torch.zeros(T, K)), "routing_replay_out must be int16, got torch.float32; allocate"),
+    ("route", "dtype", lambda: _route(routing_replay_in=torch.zeros(T, K, dtype=int32)), "routing_replay_in must be int16, got torch.int32"),
+    ("route", "rank", lambda: _route(router_logits=torch.zeros(E)), r"router_logits has shape \(8,\), expected \[num_tokens, num_experts=8\]"),
+    ("route", "rank", lambda: _route(routing_replay_out=_buffer().flatten()), r"routing_replay_out must be 2D \[num_tokens, top_k\], got 1D"),
+    ("route", "rows", lambda: _route(routing_replay_out=_buffer(3)), "routing_replay_out dim0 must be >= num_tokens=4, got 3; the routing kernel"),
+    ("route", "rows", lambda: _route(routing_replay_in=_buffer(3)), "routing_replay_in dim0 must be >= num_tokens=4, got 3"),
+    ("route", "columns", lambda: _route(router_logits=torch.zeros(T, 9)), r"router_logits has shape \(4, 9\)"),
+    ("route", "columns", lambda: _route(routing_replay_out=_buffer(T, 3)), "routing_replay_out dim1 must equal top_k=2, got 3"),
+    ("route", "stride", lambda: _route(router_logits=torch.zeros(E, T).t()), r"router_logits has strides \(1, 4\)"),
+    ("route", "stride", lambda: _route(routing_replay_out=_buffer(2, T + 2).t()), r"routing_replay_out must be contiguous \(packed row-major\), got strides"),
+    ("route", "device", lambda: _route(routing_replay_out=_buffer().to(META)), "routing_replay_out is on meta, expected cpu"),
+    ("route", "device", lambda: _route(routing_replay_in=_buffer().to(META)), "routing_replay_in is on meta, expected cpu"),
+    ("route", "groups", lambda: _route(method=_method(type=Kind.DeepSeekV3, n_group=3, topk_group=1)), "n_group=3 with num_experts=8; accepted is 1 to 32, a divisor"),
+    ("route", "K > E", lambda: _route(method=_method(top_k=9)), "top_k=9; accepted is 1 to"),
+    ("route", "bias", lambda: _route(method=_method(type=Kind.MiniMax2)), "routing_bias is None but routing method MiniMax2"),
+    ("route", "bias", lambda: _route(method=_method(type=Kind.MiniMax2), routing_bias=torch.zeros(E, device=META)), "routing_bias is on meta"),
+    ("route", "E > int16", lambda: _route(method=_method(num_experts=40000)), "num_experts=40000; accepted is 1 to 2048"),
+
+    ("bf16_moe", "dtype", lambda: _moe(hidden_states=torch.zeros(T, H, dtype=torch.float16)), "hidden_states is torch.float16; accepted are"),
+    ("bf16_moe", "dtype", lambda: _moe(routing_replay_out=_buffer().int()), "routing_replay_out must be int16, got torch.int32"),
+    ("bf16_moe", "rank", lambda: _moe(routing_replay_in=_buffer()[0]), "routing_replay_in must be 2D .*, got 1D"),
+    ("bf16_moe", "rank", lambda: _moe(gemm1_weights=torch.zeros(2 * INNER, H)), r"gemm1_weights has shape \(24, 16\), expected \(8, 24, 16\)"),
+    ("bf16_moe", "rows", lambda: _moe(routing_replay_out=_buffer(3)), "routing_replay_out dim0 must be >= num_tokens=4, got 3"),
+    ("bf16_moe", "rows", lambda: _moe(routing_logits=torch.zeros(5, E)), r"routing_logits has shape \(5, 8\), expected \(4, 8\)"),
+    ("bf16_moe", "columns", lambda: _moe(routing_replay_out=_buffer(T, 1)), "routing_replay_out dim1 must equal top_k=2, got 1"),
+    ("bf16_moe", "columns", lambda: _moe(gemm2_weights=torch.zeros(E, H, INNER + 1)), r"gemm2_weights has shape \(8, 16, 13\), expected \(8, 16, 12\)"),
+    ("bf16_moe", "stride", lambda: _moe(routing_replay_in=_buffer(2, T).t()), "routing_replay_in must be contiguous"),
+    ("bf16_moe", "device", lambda: _moe(routing_replay_out=_buffer().to(META)), "routing_replay_out is on meta, expected cpu"),
+    ("bf16_moe", "device", lambda: _moe(gemm1_weights=torch.zeros(E, 2 * INNER, H, device=META)), "gemm1_weights is on meta, hidden_states on cpu"),
+    ("bf16_moe", "groups", lambda: _moe(routing_method_type=Kind.DeepSeekV3, n_group=3, topk_group=1), "n_group=3 with num_experts=8"),
+    ("bf16_moe", "K > E", lambda: _moe(top_k=9), r"top_k=9 is outside \[1, num_experts=8\]"),
+    ("bf16_moe", "bias", lambda: _moe(routing_method_type=Kind.MiniMax2), "routing_bias is None but routing method MiniMax2"),
+    ("bf16_moe", "EP range", lambda: _moe(local_expert_offset=1), r"local_expert_offset=1 and local_num_experts=8 name experts \[1, 9\); accepted is a part of \[0, 8\)"),
+    ("bf16_moe", "EP range", lambda: _moe(local_expert_offset=-1), "local_expert_offset=-1"),
+    ("bf16_moe", "E > int16", lambda: _moe(num_experts=40000), r"num_experts=40000 is outside \[1, 32767\]"),
+
+    ("fused_topk_deepseek", "dtype", lambda: _deepseek(topk_indices=torch.zeros(T, K, dtype=torch.int64)), "topk_indices is torch.int64"),
+    ("fused_topk_deepseek", "dtype", lambda: _deepseek(routing_replay_out=_buffer().int()), "routing_replay_out is torch.int32"),
+    ("fused_topk_deepseek", "rank", lambda: _deepseek(scores=torch.zeros(64)), r"scores has shape \(64,\)"),
+    ("fused_topk_deepseek", "rows", lambda: _deepseek(routing_replay_out=_buffer(3)), r"shape\[0\] must be >= 4"),
+    ("fused_topk_deepseek", "columns", lambda: _deepseek(routing_replay_out=_buffer(T, 3)), r"shape\[1\] must be 2"),
+    ("fused_topk_deepseek", "stride", lambda: _deepseek(scores=torch.zeros(64, T).t()), "scores has shape .* contiguous"),
+    ("fused_topk_deepseek", "stride", lambda: _deepseek(routing_replay_out=_buffer(K, T).t()), "routing_replay_out is .* contiguous"),
+    ("fused_topk_deepseek", "groups", lambda: _deepseek(n_group=5), "n_group=5 with num_experts=64; accepted is 1 to 32, a divisor"),
+    ("fused_topk_deepseek", "K > E", lambda: _deepseek(scores=torch.zeros(T, 1), bias=torch.zeros(1), n_group=1, topk_group=1), "top_k=2; accepted is 1 to"),
+    ("fused_topk_deepseek", "bias", lambda: _deepseek(bias=torch.zeros(63)), r"bias has shape \(63,\), expected \[64\]"),
+    ("fused_topk_deepseek", "E > int16", lambda: _deepseek(scores=torch.zeros(T, 40000), bias=torch.zeros(40000)), "num_experts=40000 with n_group=4; accepted is up to 256"),
+
+    ("gather_rows", "dtype", lambda: _gather(cache=torch.zeros(3, 8, K)), "cache is torch.float32; accepted is torch.int16"),
+    ("gather_rows", "rank", lambda: _gather(cache=torch.zeros(8, K, dtype=int16)), r"cache has shape \(8, 2\); accepted is \[L, N, K\]"),
+    ("gather_rows", "rows", lambda: _gather(rows_out=torch.zeros(3, 3, K, dtype=int16)), r"rows_out has shape \(3, 3, 2\); accepted is \[>= 4, 3, 2\]"),
+    ("gather_rows", "columns", lambda: _gather(rows_out=torch.zeros(T, 3, 3, dtype=int16)), r"rows_out has shape \(4, 3, 3\)"),
+    ("gather_rows", "stride", lambda: _gather(cache=torch.zeros(8, 3, K, dtype=int16).transpose(0, 1)), "cache has strides"),
+    ("gather_rows", "device", lambda: _gather(rows_out=torch.zeros(T, 3, K, dtype=int16, device=META)), "rows_out is on meta, expected cpu"),
+    ("gather_rows", "E > int16", lambda: _gather(num_experts=40000), r"num_experts=40000 is outside \[1, 32767\]"),
+
+    ("plan_permutation", "dtype", lambda: _plan(topk_ids=torch.zeros(T, K, dtype=int16)), r"topk_ids is torch.int16 of shape \(4, 2\)"),
+    ("plan_permutation", "rank", lambda: _plan(topk_ids=torch.zeros(T, dtype=int32)), r"topk_ids is torch.int32 of shape \(4,\)"),
+    ("plan_permutation", "stride", lambda: _plan(topk_ids=torch.zeros(K, T, dtype=int32).t()), r"strides \(1, 4\)"),
+    ("plan_permutation", "EP range", lambda: _plan(local_expert_offset=6, num_local_experts=4), r"name experts \[6, 10\); accepted is a part of \[0, 8\)"),
+
+    ("linear", "dtype", lambda: _linear(weight=torch.zeros(INNER, H, dtype=torch.float64)), "weight is torch.float64; accepted is torch.float32 or the dtype of x"),
+    ("linear", "rank", lambda: _linear(x=torch.zeros(H)), r"x has shape \(16,\), expected \[num_rows, 16\]"),
+    ("linear", "columns", lambda: _linear(weight=torch.zeros(INNER, H + 1)), r"x has shape \(4, 16\), expected \[num_rows, 17\]"),
+    ("linear", "device", lambda: _linear(weight=torch.zeros(INNER, H, device=META)), "weight is on meta, x on cpu"),
+    ("linear", "bias", lambda: _linear(bias=torch.zeros(INNER + 1)), r"bias has shape \(13,\), expected \[12\]"),
+]  # fmt: skip
+
+
+def _case_name(case: object) -> str | None:
+    return case if isinstance(case, str) and len(case) < 24 else None
+
+
+@pytest.mark.parametrize(("op", "fault", "make", "message"), BAD, ids=_case_name)
+def test_bad_argument_is_refused_before_anything_is_written(
+    op: str, fault: str, make: Callable[[], Arguments], message: str
+):
+    good, _ = OPS[op]
+    with pytest.raises(ValueError, match=message):  # noqa: PT012 - some arguments refuse to be made
+        arguments = make()
+        before = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
+        try:
+            good(**arguments)
+        finally:
+            for name, tensor in before.items():
+                given = arguments[name]
+                assert isinstance(given, Tensor)
+                assert tensor.is_meta or torch.equal(given, tensor), f"{name} was written"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_good_arguments_are_taken(op: str):
+    """The twin: it is the fault that is refused, and outputs are written where there is none."""
+    function, make = OPS[op]
+    arguments = make()
+    before = {name: x.clone() for name, x in arguments.items() if isinstance(x, Tensor)}
+    function(**arguments)
+    written = {n for n, x in before.items() if not torch.equal(x, arguments[n])}  # pyright: ignore[reportArgumentType]
+    outputs = {"routing_replay_out", "output", "topk_values", "topk_indices", "rows_out", "flags_out", "cache"}  # fmt: skip
+    assert written == outputs & set(before)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_has_a_case_or_a_reason(op: str, fault: str):
+    has_case = any((op, fault) == (row[0], row[1]) for row in BAD)
+    assert has_case != ((op, fault) in NOT_APPLICABLE)
+
+
+def test_every_public_op_is_here():
+    functions = {name for name in kernels.__all__ if isinstance(getattr(kernels, name), FunctionType)}  # fmt: skip
+    assert functions == set(OPS)
+
+
+def _faulty(*faults: str) -> Tensor:
+    """A replay buffer with the given faults and no others."""
+    rows = 3 if "rows" in faults else 6
+    columns = 3 if "columns" in faults else K
+    dtype = int32 if "dtype" in faults else int16
+    buffer = torch.full((rows, columns), -1, dtype=dtype)
+    if "stride" in faults:
+        buffer = torch.full((columns, rows), -1, dtype=dtype).t()
+    if "rank" in faults:
+        buffer = buffer.unsqueeze(0)
+    return buffer.to(META) if "device" in faults else buffer
+
+
+ORDER = {
+    "dtype": "{name} must be int16, got torch.int32",
+    "rank": r"{name} must be 2D \[num_tokens, top_k\], got 3D",
+    "columns": "{name} dim1 must equal top_k=2, got 3",
+    "rows": "{name} dim0 must be >= num_tokens=4, got 3; the routing kernel uses one replay row per token",
+    "stride": r"{name} must be contiguous \(packed row-major\)",
+    "device": "{name} is on meta, expected cpu",
+}
+
+
+@pytest.mark.parametrize("name", ["routing_replay_out", "routing_replay_in"])
+@pytest.mark.parametrize("first", range(len(ORDER)), ids=list(ORDER))
+@pytest.mark.parametrize(
+    "call",
+    [partial(route, **_route()), partial(bf16_moe, **_moe())],
+    ids=["route", "bf16_moe"],
+)
+def test_replay_buffer_is_checked_in_order(call: Callable[..., object], name: str, first: int):
+    faults = list(ORDER)[first:]
+    with pytest.raises(ValueError, match=ORDER[faults[0]].format(name=name)):
+        call(**{name: _faulty(*faults)})
+    # The twin: without any of these faults the same buffer is taken.
+    call(**{name: _faulty()})
+
+
+def test_the_buffer_that_is_written_is_checked_first():
+    with pytest.raises(ValueError, match="routing_replay_out must be int16"):
+        route(**_route(routing_replay_out=_faulty("dtype"), routing_replay_in=_faulty("dtype")))  # pyright: ignore[reportArgumentType]
+    assert "routing_replay_out" in inspect.signature(route).parameters
