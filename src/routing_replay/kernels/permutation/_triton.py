@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from routing_replay.kernels.permutation.plan import PermutationPlan, PermutationShape
+from routing_replay.kernels.routing._triton import wait_for_earlier_kernel
 
-__all__ = ["compile_cases", "launch_plan"]
+__all__ = ["compile_cases", "launch_plan", "new_plan"]
 
 # Up to as many pairs one launch is enough: every program counts them all.
 _ONE_LAUNCH_PAIRS = 8192
@@ -87,8 +88,10 @@ def _plan_kernel(
     ids_ptr, expanded_ptr, tokens_ptr, batch_ptr, limit_ptr, num_ctas_ptr, total_ptr, num_pairs, offset,
     NUM_EXPERTS: tl.constexpr, NUM_LOCAL: tl.constexpr, BINS: tl.constexpr, TOP_K: tl.constexpr, TILE: tl.constexpr,
     TILE_POW2: tl.constexpr, CLUSTERS: tl.constexpr, DISTINCT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program for each expert. Every one counts all pairs: cheaper, for few, than to wait for another's count."""
+    wait_for_earlier_kernel(PDL)
     mine = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
@@ -114,9 +117,10 @@ def _plan_kernel(
 @triton.jit
 def _count_kernel(
     ids_ptr, counts_ptr, num_pairs, offset, NUM_EXPERTS: tl.constexpr, NUM_LOCAL: tl.constexpr, BINS: tl.constexpr,
-    TOP_K: tl.constexpr, DISTINCT: tl.constexpr, BLOCK: tl.constexpr,
+    TOP_K: tl.constexpr, DISTINCT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program for each block of pairs: how many go to each local expert."""
+    wait_for_earlier_kernel(PDL)
     block = tl.program_id(0)
     pair = block * BLOCK + tl.arange(0, BLOCK)
     local, is_here = _local_experts(ids_ptr, pair, num_pairs, offset, NUM_EXPERTS, NUM_LOCAL, TOP_K, DISTINCT)  # fmt: skip
@@ -146,9 +150,10 @@ def _place_kernel(
     ids_ptr, expanded_ptr, tokens_ptr, batch_ptr, limit_ptr, num_ctas_ptr, total_ptr, counts_ptr, num_pairs, num_blocks,
     offset, NUM_EXPERTS: tl.constexpr, NUM_LOCAL: tl.constexpr, BINS: tl.constexpr, TOP_K: tl.constexpr,
     TILE: tl.constexpr, TILE_POW2: tl.constexpr, CLUSTERS: tl.constexpr, DISTINCT: tl.constexpr, BLOCK: tl.constexpr,
-    COUNTED: tl.constexpr, EXPERTS_POW2: tl.constexpr, CTAS_POW2: tl.constexpr,
+    COUNTED: tl.constexpr, EXPERTS_POW2: tl.constexpr, CTAS_POW2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program for each block of pairs, which also finishes its share of experts and CTAs."""
+    wait_for_earlier_kernel(PDL)
     block = tl.program_id(0)
     counts, before = _counts_of_blocks(counts_ptr, block, num_blocks, BINS, COUNTED)
     tiles = (counts + TILE - 1) // TILE
@@ -223,35 +228,34 @@ def _constexprs_of_two(
 
 
 def _launch_two(
-    buffers: tuple[Tensor, ...], shape: PermutationShape, *, are_distinct: bool
+    buffers: tuple[Tensor, ...], shape: PermutationShape, *, are_distinct: bool, launch_pdl: bool
 ) -> None:
     """Count the pairs of each block, then place them."""
     count, place = _constexprs_of_two(shape, are_distinct=are_distinct)
     topk_ids, pairs, offset = buffers[0], shape.num_expanded, shape.local_expert_offset
     num_blocks = triton.cdiv(pairs, _COMPARED_PAIRS)
     counts = topk_ids.new_empty(num_blocks, count["BINS"])
-    _count_kernel[(num_blocks,)](topk_ids, counts, pairs, offset, num_warps=4, **count)
-    _place_kernel[(num_blocks,)](*buffers, counts, pairs, num_blocks, offset, num_warps=8, **place)
+    pdl = {"PDL": launch_pdl, "launch_pdl": launch_pdl}
+    _count_kernel[(num_blocks,)](topk_ids, counts, pairs, offset, num_warps=4, **count, **pdl)
+    _place_kernel[(num_blocks,)](
+        *buffers, counts, pairs, num_blocks, offset, num_warps=8, **place, **pdl
+    )
 
 
-def launch_plan(
-    topk_ids: Tensor, shape: PermutationShape, *, are_distinct: bool = False
-) -> PermutationPlan:
-    """Make a plan, in one launch up to 8,192 (token, rank) pairs, in two above.
+def new_plan(topk_ids: Tensor, shape: PermutationShape) -> PermutationPlan:
+    """Allocate a plan.
 
     Args:
-        topk_ids: int32 `[T, K]`, contiguous.
+        topk_ids: int32, on the device where the plan shall be.
         shape: Sizes.
-        are_distinct: The caller knows that no id repeats in a row.
 
     Returns:
-        The plan; nothing past `num_non_exiting_ctas` and `total_num_padded_tokens` is written.
+        The plan, of undefined values.
 
-    Runtime: one or two launches; no sync; allocates the plan and, for two launches, T*K*E_local/256 counts; CUDA-graph
-        safe; bitwise deterministic; no gradients.
+    Runtime: six allocations; CUDA-graph safe.
     """
     make = topk_ids.new_empty
-    plan = PermutationPlan(
+    return PermutationPlan(
         shape=shape,
         expanded_idx_to_permuted_idx=make(shape.num_expanded),
         permuted_idx_to_token_idx=make(shape.max_padded_tokens),
@@ -260,17 +264,34 @@ def launch_plan(
         num_non_exiting_ctas=make(1),
         total_num_padded_tokens=make(1),
     )
-    buffers = (
-        topk_ids,
-        plan.expanded_idx_to_permuted_idx,
-        plan.permuted_idx_to_token_idx,
-        plan.cta_idx_xy_to_batch_idx,
-        plan.cta_idx_xy_to_mn_limit,
-        plan.num_non_exiting_ctas,
-        plan.total_num_padded_tokens,
-    )
+
+
+def launch_plan(
+    topk_ids: Tensor,
+    shape: PermutationShape,
+    *,
+    are_distinct: bool = False,
+    launch_pdl: bool = False,
+) -> PermutationPlan:
+    """Make a plan, in one launch up to 8,192 (token, rank) pairs, in two above.
+
+    Args:
+        topk_ids: int32 `[T, K]`, contiguous.
+        shape: Sizes.
+        are_distinct: The caller knows that no id repeats in a row.
+        launch_pdl: Start before the kernel ahead in the stream has ended (programmatic dependent launch, sm_90 on). The
+            next kernel may then do the same; everything that this one reads or writes it touches after that kernel's end.
+
+    Returns:
+        The plan; nothing past `num_non_exiting_ctas` and `total_num_padded_tokens` is written.
+
+    Runtime: one or two launches; no sync; allocates the plan and, for two launches, T*K*E_local/256 counts; CUDA-graph
+        safe; bitwise deterministic; no gradients.
+    """
+    plan = new_plan(topk_ids, shape)
+    buffers = (topk_ids, *plan.buffers)
     if shape.num_expanded > _ONE_LAUNCH_PAIRS:
-        _launch_two(buffers, shape, are_distinct=are_distinct)
+        _launch_two(buffers, shape, are_distinct=are_distinct, launch_pdl=launch_pdl)
         return plan
     constexprs = _constexprs(shape, are_distinct=are_distinct)
     _plan_kernel[(shape.num_local_experts,)](
@@ -279,6 +300,8 @@ def launch_plan(
         shape.local_expert_offset,
         num_warps=1 if constexprs["BLOCK"] <= 256 else 4 if constexprs["BLOCK"] <= 1024 else 8,
         **constexprs,
+        PDL=launch_pdl,
+        launch_pdl=launch_pdl,
     )
     return plan
 
@@ -321,4 +344,4 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
     cases.append(
         ("repeats", _plan_kernel, signature, _constexprs(shapes["batch"], are_distinct=False))
     )
-    return cases
+    return [(name, kernel, types, {**case, "PDL": False}) for name, kernel, types, case in cases]

@@ -8,7 +8,7 @@ from routing_replay.kernels.backend import Backend, choose_backend
 from routing_replay.kernels.permutation.plan import PermutationPlan, PermutationShape
 from routing_replay.kernels.permutation.reference import plan_reference
 
-__all__ = ["plan_permutation"]
+__all__ = ["plan_permutation", "plan_sizes"]
 
 _Buffers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -23,6 +23,28 @@ def _shape_of(topk_ids: Tensor, num_experts: int, offset: int, num_local: int, t
         tile_tokens=tile,
         cluster_size=clusters,
     )
+
+
+def plan_sizes(
+    num_tokens: int, top_k: int, num_local_experts: int, tile_tokens: int, cluster_size: int
+) -> tuple[int, int, int, int, int, int]:
+    """Give the sizes of a plan's six tensors by plain arithmetic, for sizes that may be symbols.
+
+    Args:
+        num_tokens: T.
+        top_k: Columns of the ids.
+        num_local_experts: Experts on this rank.
+        tile_tokens: Rows of a tile.
+        cluster_size: CTAs of a cluster.
+
+    Returns:
+        Elements of each, in the order of `PermutationPlan`.
+    """
+    here = num_tokens * min(top_k, num_local_experts)
+    started = here if here < num_local_experts else num_local_experts
+    tiles = started + (here - started) // tile_tokens
+    ctas = tiles * cluster_size
+    return num_tokens * top_k, tiles * tile_tokens, ctas, ctas, 1, 1
 
 
 @torch.library.custom_op("routing_replay::plan_permutation", mutates_args=())
@@ -45,14 +67,7 @@ def _plan_op(
         plan = launch_plan(topk_ids, shape, are_distinct=are_distinct)
     else:
         plan = plan_reference(topk_ids, shape)
-    return (
-        plan.expanded_idx_to_permuted_idx,
-        plan.permuted_idx_to_token_idx,
-        plan.cta_idx_xy_to_batch_idx,
-        plan.cta_idx_xy_to_mn_limit,
-        plan.num_non_exiting_ctas,
-        plan.total_num_padded_tokens,
-    )
+    return plan.buffers
 
 
 @_plan_op.register_fake
@@ -66,21 +81,13 @@ def _(
     are_distinct: bool,
     backend: str,
 ) -> _Buffers:
-    # Plain arithmetic: sizes may be symbols here, which a PermutationShape does not take.
-    pairs = topk_ids.shape[0] * topk_ids.shape[1]
-    here = topk_ids.shape[0] * min(topk_ids.shape[1], num_local_experts)
-    started = here if here < num_local_experts else num_local_experts
-    tiles = started + (here - started) // tile_tokens
-    make = topk_ids.new_empty
-    int32 = torch.int32
-    return (
-        make(pairs, dtype=int32),
-        make(tiles * tile_tokens, dtype=int32),
-        make(tiles * cluster_size, dtype=int32),
-        make(tiles * cluster_size, dtype=int32),
-        make(1, dtype=int32),
-        make(1, dtype=int32),
+    sizes = plan_sizes(
+        topk_ids.shape[0], topk_ids.shape[1], num_local_experts, tile_tokens, cluster_size
     )
+    expanded, tokens, batch, limit, num_ctas, total = (
+        topk_ids.new_empty(size, dtype=torch.int32) for size in sizes
+    )
+    return expanded, tokens, batch, limit, num_ctas, total
 
 
 def plan_permutation(

@@ -109,6 +109,18 @@ class PermutationPlan:
     num_non_exiting_ctas: Tensor
     total_num_padded_tokens: Tensor
 
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The six tensors, in the order of the attributes."""
+        return (
+            self.expanded_idx_to_permuted_idx,
+            self.permuted_idx_to_token_idx,
+            self.cta_idx_xy_to_batch_idx,
+            self.cta_idx_xy_to_mn_limit,
+            self.num_non_exiting_ctas,
+            self.total_num_padded_tokens,
+        )
+
     def require(self, *, tile_tokens: int, cluster_size: int = 1) -> None:
         """Refuse a GEMM that would read the plan with another tile or cluster.
 

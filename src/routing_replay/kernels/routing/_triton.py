@@ -13,7 +13,7 @@ from triton.language.extra import libdevice
 
 from routing_replay.kernels.routing.method import RoutingMethod, RoutingMethodType
 
-__all__ = ["compile_cases", "launch_route"]
+__all__ = ["ONE_WARP_EXPERTS", "compile_cases", "launch_route", "route_constexprs"]
 
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _NAN_KEY = tl.constexpr(0x7FC00000)
@@ -72,6 +72,20 @@ def _softmax_terms(logits, is_cell):
     top = tl.where(has_nan, float("nan"), tl.max(logits, axis=1))
     powers = tl.where(is_cell, _exp(logits - top[:, None]), 0.0)
     return powers, top, tl.sum(powers, axis=1)
+
+
+@triton.jit
+def _scores(logits, is_cell, SCORE: tl.constexpr):
+    """What a row selects on `[R, E]`; for softmax also what its powers are relative to, and their sum `[R]`."""
+    top = tl.zeros((logits.shape[0],), tl.float32)
+    total = tl.zeros((logits.shape[0],), tl.float32)
+    scores = logits
+    if SCORE == 1:
+        powers, top, total = _softmax_terms(logits, is_cell)
+        scores = _divide(powers, total)
+    if SCORE == 2:
+        scores = _sigmoid(logits)
+    return scores, top, total
 
 
 @triton.jit
@@ -153,26 +167,18 @@ def _weigh(
 
 
 @triton.jit
-def _store_shared(weights_ptr, ids_ptr, row, is_row, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_SHARED: tl.constexpr):  # fmt: skip
-    """The fused shared experts, which every row goes to with weight 1."""
-    for shared in tl.static_range(NUM_SHARED):
-        at = row.to(tl.int64) * (TOP_K + NUM_SHARED) + TOP_K + shared
-        tl.store(weights_ptr + at, tl.full(row.shape, 1.0, tl.float32), mask=is_row)
-        tl.store(ids_ptr + at, tl.full(row.shape, NUM_EXPERTS + shared, tl.int32), mask=is_row)
-
-
-@triton.jit
-def _route_kernel(
+def route_rows(
     logits_ptr, bias_ptr, replay_in_ptr, weights_ptr, ids_ptr, replay_out_ptr, num_tokens, logits_stride, scale,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_POW2: tl.constexpr, NUM_SHARED: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_SHARED: tl.constexpr, COLUMNS_POW2: tl.constexpr,
     GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, GROUP_SIZE_POW2: tl.constexpr, TOP_GROUPS: tl.constexpr,
     SCORE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_REPLAY_IN: tl.constexpr, HAS_REPLAY_OUT: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """SCORE: 0 logits, 1 softmax, 2 sigmoid. WEIGHT: 0 the score, 1 softmax of the picked, 2 sigmoid of the picked.
+    """Route this program's rows, store what is asked for, and return the ids `[BLOCK_T, COLUMNS_POW2]`.
 
+    SCORE: 0 logits, 1 softmax, 2 sigmoid. WEIGHT: 0 the score, 1 softmax of the picked, 2 sigmoid of the picked.
     BIAS: 0 none, 1 on scores for selection, 2 on logits. NORMALIZE: 0 no, 1 divide by the sum, 2 by the sum + 1e-20, 3 as
-    2, in float64.
+    2, in float64. Columns: K picked experts, then the fused shared ones, then padding.
     """
     GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -189,14 +195,7 @@ def _route_kernel(
         bias = tl.load(bias_ptr + expert, mask=is_expert, other=0.0).to(tl.float32)
     if BIAS == 2:
         logits += bias[None, :]
-    top = tl.zeros(row.shape, tl.float32)
-    total = tl.zeros(row.shape, tl.float32)
-    scores = logits
-    if SCORE == 1:
-        powers, top, total = _softmax_terms(logits, is_cell)
-        scores = _divide(powers, total)
-    if SCORE == 2:
-        scores = _sigmoid(logits)
+    scores, top, total = _scores(logits, is_cell, SCORE)
     if BIAS == 1:
         scores += bias[None, :]
     keys = tl.where(is_expert[None, :], _order_key(scores), _NO_KEY)
@@ -204,7 +203,7 @@ def _route_kernel(
     ids = tl.broadcast_to(tl.where(is_expert, expert, NUM_EXPERTS + slot)[None, :], keys.shape)
     if GROUPS > 1:
         keys = _keep_best_groups(keys, ids, BLOCK_T, GROUPS, GROUPS_POW2, GROUP_SIZE_POW2, TOP_GROUPS)  # fmt: skip
-    column = tl.broadcast_to(tl.arange(0, TOP_K_POW2)[None, :], (BLOCK_T, TOP_K_POW2))
+    column = tl.broadcast_to(tl.arange(0, COLUMNS_POW2)[None, :], (BLOCK_T, COLUMNS_POW2))
     picked = _pick(keys, ids, column, TOP_K)
     is_out = is_row[:, None] & (column < TOP_K)
     usable = is_out
@@ -216,16 +215,47 @@ def _route_kernel(
     if BIAS == 2:
         picked_logits += tl.load(bias_ptr + safe, mask=usable, other=0.0).to(tl.float32)
     weights = _weigh(picked_logits, usable, top, total, scale, SCORE, WEIGHT, NORMALIZE)
-    out = row.to(tl.int64)[:, None] * (TOP_K + NUM_SHARED) + column
-    tl.store(weights_ptr + out, weights, mask=is_out)
-    tl.store(ids_ptr + out, picked, mask=is_out)
-    _store_shared(weights_ptr, ids_ptr, row, is_row, NUM_EXPERTS, TOP_K, NUM_SHARED)
     if HAS_REPLAY_OUT:
         replay = row.to(tl.int64)[:, None] * TOP_K + column
         tl.store(replay_out_ptr + replay, picked.to(tl.int16), mask=is_out)
+    # Every row goes to the fused shared experts with weight 1.
+    picked = tl.where(column < TOP_K, picked, NUM_EXPERTS - TOP_K + column)
+    weights = tl.where(column < TOP_K, weights, 1.0)
+    out = row.to(tl.int64)[:, None] * (TOP_K + NUM_SHARED) + column
+    is_stored = is_row[:, None] & (column < TOP_K + NUM_SHARED)
+    tl.store(weights_ptr + out, weights, mask=is_stored)
+    tl.store(ids_ptr + out, picked, mask=is_stored)
+    return picked
 
 
-_ONE_WARP_EXPERTS = 512
+@triton.jit
+def wait_for_earlier_kernel(PDL: tl.constexpr):
+    """Under programmatic dependent launch: let the next kernel start, and wait for the memory of the one before."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        # The next kernel waits for all of this one before it reads; all it can do now is take its place.
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr, bias_ptr, replay_in_ptr, weights_ptr, ids_ptr, replay_out_ptr, num_tokens, logits_stride, scale,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_SHARED: tl.constexpr, COLUMNS_POW2: tl.constexpr,
+    GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, GROUP_SIZE_POW2: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    SCORE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
+    HAS_REPLAY_IN: tl.constexpr, HAS_REPLAY_OUT: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_earlier_kernel(PDL)
+    route_rows(
+        logits_ptr, bias_ptr, replay_in_ptr, weights_ptr, ids_ptr, replay_out_ptr, num_tokens, logits_stride, scale,
+        NUM_EXPERTS, TOP_K, NUM_SHARED, COLUMNS_POW2, GROUPS, GROUPS_POW2, GROUP_SIZE_POW2, TOP_GROUPS,
+        SCORE, WEIGHT, BIAS, NORMALIZE, HAS_REPLAY_IN, HAS_REPLAY_OUT, BLOCK_T,
+    )  # fmt: skip
+
+
+ONE_WARP_EXPERTS = 512
+"""Up to as many experts a row is routed by one warp: more need synchronisation, which costs more than it saves."""
+
 _SCORE = {
     RoutingMethodType.Default: 1,
     RoutingMethodType.RenormalizeNaive: 1,
@@ -249,15 +279,27 @@ def _normalization(method: RoutingMethod, *, in_float64: bool) -> int:
     return 2 if method.divides_by_sum else 0
 
 
-def _constexprs(
+def route_constexprs(
     method: RoutingMethod, *, has_bias: bool, has_in: bool, has_out: bool, in_float64: bool = False
 ) -> dict[str, Any]:
+    """Give the constexprs of `route_rows`.
+
+    Args:
+        method: How logits become ids and weights.
+        has_bias: Whether there is a bias,
+        has_in: ids to force,
+        has_out: and a buffer to record into.
+        in_float64: Scale and divide in float64.
+
+    Returns:
+        Values by name.
+    """
     group_size = method.num_experts // method.n_group
     return {
         "NUM_EXPERTS": method.num_experts,
         "TOP_K": method.top_k,
-        "TOP_K_POW2": triton.next_power_of_2(method.top_k),
         "NUM_SHARED": method.num_fused_shared_experts,
+        "COLUMNS_POW2": triton.next_power_of_2(method.num_columns),
         "GROUPS": method.n_group,
         "GROUPS_POW2": triton.next_power_of_2(method.n_group),
         "GROUP_SIZE_POW2": triton.next_power_of_2(group_size),
@@ -282,6 +324,7 @@ def launch_route(
     routing_replay_in: Tensor | None,
     routing_replay_out: Tensor | None,
     in_float64: bool = False,
+    launch_pdl: bool = False,
 ) -> None:
     """Fill weights, ids and replay rows in one launch: a program of one warp for each token.
 
@@ -294,6 +337,8 @@ def launch_route(
         routing_replay_in: int16 `[>= T, K]` ids to force, or None.
         routing_replay_out: int16 `[>= T, K]`, or None; rows `[0, T)` are overwritten.
         in_float64: Scale and divide by the sum in float64, as FlashInfer's `fused_topk_deepseek` does.
+        launch_pdl: Start before the kernel ahead in the stream has ended (programmatic dependent launch, sm_90 on). The
+            next kernel may then do the same; everything that this one reads or writes it touches after that kernel's end.
 
     Runtime: one launch, none for no tokens; no sync; allocates nothing; CUDA-graph safe; bitwise deterministic; no
         gradients.
@@ -311,15 +356,16 @@ def launch_route(
         num_tokens,
         router_logits.stride(0),
         method.routed_scaling_factor,
-        # One warp up to 512 experts: no synchronisation between warps, which would cost more than it saves.
-        num_warps=1 if method.num_experts <= _ONE_WARP_EXPERTS else 4,
-        **_constexprs(
+        num_warps=1 if method.num_experts <= ONE_WARP_EXPERTS else 4,
+        **route_constexprs(
             method,
             has_bias=routing_bias is not None,
             has_in=routing_replay_in is not None,
             has_out=routing_replay_out is not None,
             in_float64=in_float64,
         ),
+        PDL=launch_pdl,
+        launch_pdl=launch_pdl,
     )
 
 
@@ -350,19 +396,15 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
         type=RoutingMethodType.DeepSeekV3, num_experts=160, top_k=6, num_fused_shared_experts=2
     )
     cases = [
-        (name, _route_kernel, signature, _constexprs(method, has_bias=method.takes_bias, has_in=False, has_out=True))
+        (name, signature, route_constexprs(method, has_bias=method.takes_bias, has_in=False, has_out=True))
         for name, method in methods.items()
     ]  # fmt: skip
     for name in ("RenormalizeNaive", "grouped"):
         method = methods[name]
-        forced = _constexprs(method, has_bias=method.takes_bias, has_in=True, has_out=False)
-        cases.append(
-            (f"{name}_forced", _route_kernel, {**signature, "logits_ptr": "*bf16"}, forced)
-        )
-    compatible = _constexprs(
+        forced = route_constexprs(method, has_bias=method.takes_bias, has_in=True, has_out=False)
+        cases.append((f"{name}_forced", {**signature, "logits_ptr": "*bf16"}, forced))
+    compatible = route_constexprs(
         methods["grouped"], has_bias=True, has_in=False, has_out=True, in_float64=True
     )
-    cases.append(
-        ("grouped_float64", _route_kernel, {**signature, "weights_ptr": "*bf16"}, compatible)
-    )
-    return cases
+    cases.append(("grouped_float64", {**signature, "weights_ptr": "*bf16"}, compatible))
+    return [(name, _route_kernel, types, {**case, "PDL": False}) for name, types, case in cases]
