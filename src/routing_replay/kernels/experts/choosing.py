@@ -20,11 +20,11 @@ from routing_replay.kernels.experts.limits import (
 )
 from routing_replay.kernels.experts.tables import ConfigTables
 
-__all__ = ["NOTHING_NAMED", "choose_config", "rule_config", "rule_tile_tokens"]
+__all__ = ["NOTHING_NAMED", "TILES_OF_TOKENS", "choose_config", "rule_config", "rule_tile_tokens"]
 
 NOTHING_NAMED = ExpertsChoice()
 
-_TILES_OF_TOKENS = (16, 32, 64, 128)
+TILES_OF_TOKENS = (16, 32, 64, 128)
 _DECODE_TOKENS = (
     32  # up to this tile, a GEMM streams weights and its tile of tokens costs next to nothing
 )
@@ -46,7 +46,7 @@ def rule_tile_tokens(shape: ExpertsShape) -> int:
     share = shape.top_k / shape.num_routed_over
     mean = shape.num_tokens * share
     load = mean + 2.0 * (mean * (1.0 - share)) ** 0.5
-    return next((tile for tile in _TILES_OF_TOKENS if load <= tile), _TILES_OF_TOKENS[-1])
+    return next((tile for tile in TILES_OF_TOKENS if load <= tile), TILES_OF_TOKENS[-1])
 
 
 def _power_of_two_within(value: int, least: int, most: int) -> int:
@@ -150,8 +150,8 @@ def _bases(
     tiles = [choice.tile_tokens]
     if choice.tile_tokens is None:
         natural = rule_tile_tokens(shape)
-        smaller = [tile for tile in reversed(_TILES_OF_TOKENS) if tile < natural]
-        tiles = [natural, *smaller, *(tile for tile in _TILES_OF_TOKENS if tile > natural)]
+        smaller = [tile for tile in reversed(TILES_OF_TOKENS) if tile < natural]
+        tiles = [natural, *smaller, *(tile for tile in TILES_OF_TOKENS if tile > natural)]
     for tile_tokens in tiles:
         assert tile_tokens is not None
         yield from (rule_config(e, tile_tokens, shape, capability) for e in engines)
@@ -200,13 +200,16 @@ def _chosen(
     _check_shape(shape, capability)
     if tables is None:
         tables = ConfigTables.shipped()
+    # The portable engine takes most: what even that refuses is what the caller has to change.
+    judge = choice.engine or "portable"
     problems: list[str] = []
     for base in _bases(shape, capability, device_name, choice, tables):
         config = _with_named(base, choice)
         problem = config_problem(config, shape, capability)
         if problem is None:
             return config
-        problems.append(problem)
+        if config.engine == judge:
+            problems.append(problem)
     raise ConfigError(problems[0])
 
 

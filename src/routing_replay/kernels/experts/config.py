@@ -26,7 +26,7 @@ class ExpertsShape:
         intermediate_size: I, of one expert.
         is_gated: Whether GEMM 1 has `2I` output rows.
         num_experts: Experts on all ranks, shared ones included; None where all are on this rank.
-        element_bytes: Bytes of an element of weights and activations.
+        element_bytes: Bytes of an element of weights or activations, whichever are wider.
     """
 
     num_tokens: int

@@ -110,8 +110,9 @@ def _hopper_problem(name: str, tile: GemmTile) -> str | None:
     return None
 
 
-def _portable_problem(name: str, tile: GemmTile) -> str | None:
-    ranges = {"rows": (32, 256), "depth": (16, 256), "warps": (1, 16)}
+def _portable_problem(name: str, tile: GemmTile, *, is_gated: bool) -> str | None:
+    # Both factors of a product are 16 or more on each side; a gated CTA has two products of half its rows.
+    ranges = {"rows": (32 if is_gated else 16, 256), "depth": (16, 256), "warps": (1, 16)}
     for field, (least, most) in ranges.items():
         value: int = getattr(tile, field)
         if not least <= value <= most or not _is_power_of_two(value):
@@ -143,8 +144,14 @@ def config_problem(
         return f"tile_tokens={tokens} with engine='hopper'; accepted are 16, 32, 64, 128"
     if not 16 <= tokens <= 256 or not _is_power_of_two(tokens):
         return f"tile_tokens={tokens}; accepted are powers of two in [16, 256]"
-    for name, tile in (("gemm1", config.gemm1), ("gemm2", config.gemm2)):
-        problem = _hopper_problem(name, tile) if is_hopper else _portable_problem(name, tile)
+    for name, tile, is_gated in (
+        ("gemm1", config.gemm1, shape.is_gated),
+        ("gemm2", config.gemm2, False),
+    ):
+        if is_hopper:
+            problem = _hopper_problem(name, tile)
+        else:
+            problem = _portable_problem(name, tile, is_gated=is_gated)
         if problem is not None:
             return problem
         needed = shared_memory_bytes(tokens, tile, shape.element_bytes)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
+from itertools import pairwise
 from math import log
 from pathlib import Path
 
@@ -147,7 +148,7 @@ class ShapeEntries:
     entries: tuple[TableEntry, ...]
 
     def __post_init__(self) -> None:
-        for before, after in zip(self.entries, self.entries[1:], strict=False):
+        for before, after in pairwise(self.entries):
             if after.min_tokens <= before.max_tokens:
                 raise ConfigError(
                     f"an entry for {after.min_tokens} to {after.max_tokens} tokens follows one for {before.min_tokens} "

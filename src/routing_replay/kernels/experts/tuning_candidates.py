@@ -1,0 +1,134 @@
+"""Which configurations the tuner tries: pure functions of the layer and the device."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from routing_replay.kernels.experts.choosing import (
+    TILES_OF_TOKENS,
+    rule_config,
+    rule_tile_tokens,
+)
+from routing_replay.kernels.experts.config import ENGINES, ExpertsConfig, ExpertsShape, GemmTile
+from routing_replay.kernels.experts.limits import (
+    HOPPER_DEPTH,
+    HOPPER_WARPS,
+    config_problem,
+    engine_problem,
+)
+
+__all__ = ["accumulators", "candidates", "in_order", "with_other_tile"]
+
+# A thread has 255 registers; more than half of them in sums leaves too few for operands and addresses.
+_MOST_ACCUMULATORS = 128
+_LEAST_ACCUMULATORS = 4
+
+
+def accumulators(tile_tokens: int, tile: GemmTile) -> float:
+    """Return how many float32 sums a thread holds.
+
+    Args:
+        tile_tokens: Rows of tokens.
+        tile: The rest of the tile.
+
+    Returns:
+        Registers.
+    """
+    return tile_tokens * tile.rows / (tile.warps * 32)
+
+
+def _hopper_tiles(tile_tokens: int) -> Iterator[GemmTile]:
+    del tile_tokens  # the depth is fixed, and shared memory bounds the stages
+    for rows in (64, 128):
+        for stages in (3, 4, 6, 8, 10, 12):
+            yield GemmTile(rows=rows, depth=HOPPER_DEPTH, stages=stages, warps=HOPPER_WARPS)
+
+
+def _portable_tiles(tile_tokens: int) -> Iterator[GemmTile]:
+    if tile_tokens <= 32:
+        for rows in (32, 64, 128):
+            for depth, stages in ((64, 4), (64, 6), (128, 3), (128, 5), (256, 3)):
+                yield GemmTile(rows=rows, depth=depth, stages=stages, warps=4)
+        return
+    for rows in (64, 128, 256):
+        for depth, stages in ((32, 4), (64, 3), (64, 4), (128, 3)):
+            for warps in (4, 8):
+                yield GemmTile(rows=rows, depth=depth, stages=stages, warps=warps)
+
+
+def _tiles(engine: str, tile_tokens: int) -> list[GemmTile]:
+    tiles = _hopper_tiles(tile_tokens) if engine == "hopper" else _portable_tiles(tile_tokens)
+    bounds = (_LEAST_ACCUMULATORS, _MOST_ACCUMULATORS)
+    return [t for t in tiles if bounds[0] <= accumulators(tile_tokens, t) <= bounds[1]]
+
+
+def _runnable(
+    configs: Sequence[ExpertsConfig], shape: ExpertsShape, capability: tuple[int, int]
+) -> tuple[ExpertsConfig, ...]:
+    """Keep what can run, each once, in order."""
+    kept = {c: None for c in configs if config_problem(c, shape, capability) is None}
+    return tuple(kept)
+
+
+def candidates(shape: ExpertsShape, capability: tuple[int, int]) -> tuple[ExpertsConfig, ...]:
+    """Return configurations worth trying, both GEMMs cut alike.
+
+    Rows of tokens are those of the rule and its two neighbours. `with_other_tile` varies one GEMM afterwards.
+
+    Args:
+        shape: The layer and its tokens.
+        capability: Compute capability of the device.
+
+    Returns:
+        Configurations that can run, each once; what the rule has comes first.
+    """
+    natural = TILES_OF_TOKENS.index(rule_tile_tokens(shape))
+    near = TILES_OF_TOKENS[max(0, natural - 1) : natural + 2]
+    engines = [e for e in reversed(ENGINES) if engine_problem(e, shape, capability) is None]
+    found = [rule_config(e, TILES_OF_TOKENS[natural], shape, capability) for e in engines]
+    for engine in engines:
+        for tokens in near:
+            for tile in _tiles(engine, tokens):
+                found.append(
+                    ExpertsConfig(engine=engine, tile_tokens=tokens, gemm1=tile, gemm2=tile)
+                )
+    return _runnable(found, shape, capability)
+
+
+def with_other_tile(
+    config: ExpertsConfig, gemm: str, shape: ExpertsShape, capability: tuple[int, int]
+) -> tuple[ExpertsConfig, ...]:
+    """Return a configuration and the same with every other tile of one GEMM.
+
+    Args:
+        config: Where to start.
+        gemm: `gemm1` or `gemm2`.
+        shape: The layer and its tokens.
+        capability: Compute capability of the device.
+
+    Returns:
+        Configurations that can run, each once; the given one comes first.
+    """
+    found = [config]
+    for tile in _tiles(config.engine, config.tile_tokens):
+        gemm1, gemm2 = (tile, config.gemm2) if gemm == "gemm1" else (config.gemm1, tile)
+        found.append(
+            ExpertsConfig(
+                engine=config.engine, tile_tokens=config.tile_tokens, gemm1=gemm1, gemm2=gemm2
+            )
+        )
+    return _runnable(found, shape, capability)
+
+
+def in_order(configs: Sequence[ExpertsConfig], seed: int) -> tuple[ExpertsConfig, ...]:
+    """Shuffle all but the first, so that a budget that runs out cuts off no whole family.
+
+    Args:
+        configs: The configurations.
+        seed: Of the order.
+
+    Returns:
+        The same configurations, the first one first.
+    """
+    rest = list(configs[1:])
+    random.Random(seed).shuffle(rest)
+    return (*configs[:1], *rest)
