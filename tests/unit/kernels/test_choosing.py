@@ -15,6 +15,7 @@ from routing_replay.kernels.experts.config import (
     GemmTile,
 )
 from routing_replay.kernels.experts.limits import (
+    RESERVED_BYTES,
     config_problem,
     shared_memory_bytes,
     shared_memory_limit,
@@ -110,7 +111,7 @@ def test_choose_config_gives_what_can_run(
         config = choose_config(shape, capability=capability, tables=NO_TABLES)
         assert config_problem(config, shape, capability) is None
         for tile in (config.gemm1, config.gemm2):
-            needed = shared_memory_bytes(config.tile_tokens, tile, element_bytes)
+            needed = shared_memory_bytes(config.tile_tokens, tile, element_bytes, capability)
             assert needed <= shared_memory_limit(capability) <= 227 * 1024
         assert config.engine == ("hopper" if can_be_hopper else "portable")
         assert config == choose_config(shape, capability=capability, tables=NO_TABLES)
@@ -119,8 +120,8 @@ def test_choose_config_gives_what_can_run(
 def test_rule_grows_with_the_load():
     decode = choose_config(QWEN.with_tokens(8), capability=AMPERE, tables=NO_TABLES)
     prefill = choose_config(QWEN.with_tokens(4096), capability=AMPERE, tables=NO_TABLES)
-    assert decode.gemm1 == GemmTile(rows=64, depth=128, stages=4, warps=4)
-    assert prefill.gemm1 == GemmTile(rows=128, depth=64, stages=4, warps=8)
+    assert decode.gemm1 == GemmTile(rows=64, depth=128, stages=5, warps=4)
+    assert prefill.gemm1 == GemmTile(rows=128, depth=64, stages=3, warps=8)
 
 
 def test_choose_config_touches_no_device():
@@ -274,6 +275,18 @@ def test_choice_that_cannot_work_is_refused(
         choose_config(QWEN.with_tokens(256), capability=capability, choice=choice, tables=NO_TABLES)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_shared_memory_is_what_the_compiler_takes():
+    """Figures of `triton.compile` on the portable GEMM for Qwen3-30B-A3B, without what is reserved."""
+    compiled = {
+        (HOPPER, 16, GemmTile(rows=128, depth=256, stages=3, warps=4)): 221184,
+        (HOPPER, 128, GemmTile(rows=128, depth=128, stages=3, warps=8)): 196608,
+        (AMPERE, 64, GemmTile(rows=256, depth=64, stages=4, warps=8)): 122880,
+        (AMPERE, 32, GemmTile(rows=64, depth=256, stages=3, warps=4)): 98304,
+    }
+    for (capability, tokens, tile), needed in compiled.items():
+        assert shared_memory_bytes(tokens, tile, 2, capability) == needed + RESERVED_BYTES
 
 
 def test_hopper_is_refused_for_sizes_that_its_depth_does_not_divide():

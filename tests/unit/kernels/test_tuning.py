@@ -112,7 +112,9 @@ def test_candidates_are_within_limits(
         assert config_problem(config, shape, capability) is None
         assert config.engine == "portable" or capability == (9, 0)
         for tile in (config.gemm1, config.gemm2):
-            assert shared_memory_bytes(config.tile_tokens, tile) <= shared_memory_limit(capability)
+            assert shared_memory_bytes(
+                config.tile_tokens, tile, 2, capability
+            ) <= shared_memory_limit(capability)
             assert accumulators(config.tile_tokens, tile) <= 128
     engines = {config.engine for config in found}
     assert engines == ({"hopper", "portable"} if rule.engine == "hopper" else {"portable"})

@@ -14,9 +14,11 @@ from routing_replay.kernels.experts.config import (
 from routing_replay.kernels.experts.limits import (
     HOPPER_DEPTH,
     HOPPER_WARPS,
+    RESERVED_BYTES,
     config_problem,
     engine_problem,
     shared_memory_limit,
+    stages_in_memory,
 )
 from routing_replay.kernels.experts.tables import ConfigTables
 
@@ -54,17 +56,31 @@ def _power_of_two_within(value: int, least: int, most: int) -> int:
     return min(most, max(least, 1 << (value - 1).bit_length()))
 
 
-def _stages(stage_bytes: int, num_steps: int, limit: int, *, least: int, most: int) -> int:
+def _stages(
+    stage_bytes: int, num_steps: int, capability: tuple[int, int], *, least: int, most: int
+) -> int:
     """Return how many steps are in flight: as many as leave room for a second CTA, and no more than there are steps."""
+    limit, stages = shared_memory_limit(capability), least
     for room in (limit // 2, limit):
-        stages = min(most, (room - 1024) // stage_bytes)
+        fitting = [
+            count
+            for count in range(least, most + 1)
+            if stages_in_memory(count, capability) * stage_bytes + RESERVED_BYTES <= room
+        ]
+        stages = max(fitting, default=least)
         if stages >= 3:
             break
     return max(least, min(stages, num_steps))
 
 
 def _rule_tile(
-    engine: str, tile_tokens: int, *, out_rows: int, depth_size: int, element_bytes: int, limit: int
+    engine: str,
+    tile_tokens: int,
+    *,
+    out_rows: int,
+    depth_size: int,
+    element_bytes: int,
+    capability: tuple[int, int],
 ) -> GemmTile:
     """Return the tile of one GEMM with `out_rows` weight rows of `depth_size` elements."""
     is_decode = tile_tokens <= _DECODE_TOKENS
@@ -80,7 +96,7 @@ def _rule_tile(
     stages = _stages(
         (tile_tokens + rows) * depth * element_bytes,
         -(-depth_size // depth),
-        limit,
+        capability,
         least=least,
         most=most,
     )
@@ -104,7 +120,6 @@ def rule_config(
     Returns:
         The configuration; `config_problem` says whether it can run.
     """
-    limit = shared_memory_limit(capability)
     gemm1, gemm2 = (
         _rule_tile(
             engine,
@@ -112,7 +127,7 @@ def rule_config(
             out_rows=out_rows,
             depth_size=depth_size,
             element_bytes=shape.element_bytes,
-            limit=limit,
+            capability=capability,
         )
         for out_rows, depth_size in (
             (shape.gemm1_rows, shape.hidden_size),

@@ -5,10 +5,12 @@ from routing_replay.kernels.experts.config import ENGINES, ExpertsConfig, Expert
 __all__ = [
     "HOPPER_DEPTH",
     "HOPPER_WARPS",
+    "RESERVED_BYTES",
     "config_problem",
     "engine_problem",
     "shared_memory_bytes",
     "shared_memory_limit",
+    "stages_in_memory",
 ]
 
 HOPPER_DEPTH = 64
@@ -17,7 +19,7 @@ _HOPPER_TOKENS = (16, 32, 64, 128)
 _HOPPER_ROWS = (64, 128)
 _HOPPER_STAGES = range(3, 13)
 _MOST_STAGES = 12
-_RESERVED_BYTES = 1024  # barriers and what the compiler keeps for itself
+RESERVED_BYTES = 1024  # barriers and what the compiler keeps for itself
 
 # Shared memory that one CTA may opt in to: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 _SMALL_SHARED_MEMORY = 99 * 1024
@@ -47,19 +49,38 @@ def shared_memory_limit(capability: tuple[int, int]) -> int:
     return _SHARED_MEMORY.get(capability, _SMALL_SHARED_MEMORY)
 
 
-def shared_memory_bytes(tile_tokens: int, tile: GemmTile, element_bytes: int = 2) -> int:
-    """Return an upper bound of the shared memory of a CTA: every stage holds both operands of one step.
+def stages_in_memory(stages: int, capability: tuple[int, int]) -> int:
+    """Return how many steps lie in shared memory at once.
+
+    On sm_8x the operands of the current step have gone to registers, so that its place is free; wgmma and tcgen05 read
+    them in place.
+
+    Args:
+        stages: Of a tile.
+        capability: Compute capability of the device.
+
+    Returns:
+        Steps.
+    """
+    return max(1, stages - 1) if capability[0] == 8 else stages
+
+
+def shared_memory_bytes(
+    tile_tokens: int, tile: GemmTile, element_bytes: int, capability: tuple[int, int]
+) -> int:
+    """Return an upper bound of the shared memory of a CTA: every step in flight holds both operands.
 
     Args:
         tile_tokens: Rows of tokens.
         tile: The rest of the tile.
         element_bytes: Bytes of an element of the operands.
+        capability: Compute capability of the device.
 
     Returns:
         Bytes.
     """
     stage = (tile_tokens + tile.rows) * tile.depth * element_bytes
-    return stage * tile.stages + _RESERVED_BYTES
+    return stage * stages_in_memory(tile.stages, capability) + RESERVED_BYTES
 
 
 def _is_power_of_two(value: int) -> bool:
@@ -154,7 +175,7 @@ def config_problem(
             problem = _portable_problem(name, tile, is_gated=is_gated)
         if problem is not None:
             return problem
-        needed = shared_memory_bytes(tokens, tile, shape.element_bytes)
+        needed = shared_memory_bytes(tokens, tile, shape.element_bytes, capability)
         limit = shared_memory_limit(capability)
         if needed > limit:
             return (
