@@ -1,0 +1,67 @@
+"""Faults that show in the code of compiled kernels: what is touched before the kernel ahead has ended."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_COMPILE = """
+import importlib, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+
+name, _, variant = sys.argv[1].partition(":")
+for case, kernel, signature, constexprs in importlib.import_module(name).compile_cases():
+    if "PDL" in constexprs and (not variant or case == variant):
+        constexprs = {**constexprs, "PDL": True}
+        types = {**signature, **dict.fromkeys(constexprs, "constexpr")}
+        source = ASTSource(fn=kernel, signature={a: types[a] for a in kernel.arg_names}, constexprs=constexprs)
+        print("// kernel", case)
+        print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+"""
+
+
+def early_accesses(ptx: str) -> list[str]:
+    """Return accesses to global memory that stand before the wait for the kernel ahead, and triggers before it."""
+    before, _, after = ptx.partition("griddepcontrol.wait")
+    if not after:
+        return ["no griddepcontrol.wait"]
+    touched = re.findall(r"^\s*(?:@%p\d+ )?((?:ld|st|red|atom|cp)\S*global\S*)", before, re.MULTILINE)  # fmt: skip
+    return [*touched, *re.findall(r"griddepcontrol\.launch_dependents", before)]
+
+
+def test_the_check_sees_bad_examples():
+    good = "ld.param.u64 %r1;\n griddepcontrol.wait;\n ld.global.b32 %r2;"
+    assert early_accesses(good) == []
+    assert early_accesses("ld.global.b32 %r2;") == ["no griddepcontrol.wait"]
+    assert early_accesses(" @%p1 ld.global.L1::evict_first.b32 %r2;\n" + good) == [
+        "ld.global.L1::evict_first.b32"
+    ]
+    assert early_accesses("griddepcontrol.launch_dependents;\n" + good) == [
+        "griddepcontrol.launch_dependents"
+    ]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "routing_replay.kernels.routing._triton:RenormalizeNaive",
+        "routing_replay.kernels.routing._triton:grouped_forced",
+        "routing_replay.kernels.permutation._triton",
+    ],
+)
+def test_nothing_is_touched_before_the_wait(module: str, tmp_path: Path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILE, module],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = done.stdout.split("// kernel ")[1:]
+    assert kernels
+    for kernel in kernels:
+        assert early_accesses(kernel) == [], kernel.splitlines()[0]
