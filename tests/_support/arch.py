@@ -10,7 +10,7 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 BANNED_FILES = ("utils", "common", "helpers", "misc")
 # Entry points whose positional arguments are another library's, on purpose.
-MANY_POSITIONAL = {"bf16_moe", "fused_topk_deepseek"}
+MANY_POSITIONAL = {"bf16_moe", "bf16_routed_moe", "fused_topk_deepseek"}
 
 
 def functions(tree: ast.Module) -> Iterator[FunctionNode]:

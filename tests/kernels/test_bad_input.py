@@ -14,7 +14,9 @@ from routing_replay.kernels import (
     RoutingMethod,
     RoutingMethodType,
     bf16_moe,
+    bf16_routed_moe,
     fused_topk_deepseek,
+    gate_first,
     gather_rows,
     linear,
     plan_permutation,
@@ -51,6 +53,20 @@ def _moe(**changes: object) -> Arguments:
     }  # fmt: skip
 
 
+def _routed(**changes: object) -> Arguments:
+    ids = torch.tensor([[0, 1]] * T, dtype=int32)
+    return {
+        "topk_ids": (ids, torch.rand(T, K)), "hidden_states": torch.randn(T, H),
+        "gemm1_weights": torch.randn(E, 2 * INNER, H), "gemm2_weights": torch.randn(E, H, INNER), "num_experts": E, "top_k": K,
+        "n_group": None, "topk_group": None, "intermediate_size": INNER, "local_expert_offset": 0, "local_num_experts": E,
+        "routing_replay_out": _buffer(), "output": torch.full((T, H), 7.0), **changes,
+    }  # fmt: skip
+
+
+def _up_first(**changes: object) -> Arguments:
+    return {"up_first": torch.randn(E, 2 * INNER, H), **changes}
+
+
 def _deepseek(**changes: object) -> Arguments:
     return {
         "scores": torch.randn(T, 64), "bias": torch.zeros(64), "n_group": 4, "topk_group": 2, "topk": K,
@@ -78,10 +94,12 @@ def _linear(**changes: object) -> Arguments:
 OPS: dict[str, tuple[Callable[..., object], Callable[..., Arguments]]] = {
     "route": (route, _route),
     "bf16_moe": (bf16_moe, _moe),
+    "bf16_routed_moe": (bf16_routed_moe, _routed),
     "fused_topk_deepseek": (fused_topk_deepseek, _deepseek),
     "gather_rows": (gather_rows, _gather),
     "plan_permutation": (plan_permutation, _plan),
     "linear": (linear, _linear),
+    "gate_first": (gate_first, _up_first),
 }
 
 FAULTS = (
@@ -94,6 +112,8 @@ NOT_APPLICABLE = {
     **dict.fromkeys([("gather_rows", fault) for fault in ("groups", "K > E", "bias", "EP range")], "copies rows"),
     **dict.fromkeys([("plan_permutation", fault) for fault in ("rows", "columns")], "ids alone decide T and K"),
     **dict.fromkeys([("plan_permutation", fault) for fault in ("groups", "bias")], "does not route"),
+    **dict.fromkeys([("bf16_routed_moe", fault) for fault in ("groups", "bias")], "does not route"),
+    **dict.fromkeys([("gate_first", fault) for fault in FAULTS if fault not in ("rank", "rows")], "moves any values"),
     ("plan_permutation", "device"): "one tensor",
     ("plan_permutation", "K > E"): "a row may hold ids that are none",
     ("plan_permutation", "E > int16"): "its ids are int32",
@@ -138,6 +158,27 @@ BAD: list[tuple[str, str, Callable[[], Arguments], str]] = [
     ("bf16_moe", "EP range", lambda: _moe(local_expert_offset=1), r"local_expert_offset=1 and local_num_experts=8 name experts \[1, 9\); accepted is a part of \[0, 8\)"),
     ("bf16_moe", "EP range", lambda: _moe(local_expert_offset=-1), "local_expert_offset=-1"),
     ("bf16_moe", "E > int16", lambda: _moe(num_experts=40000), r"num_experts=40000 is outside \[1, 32767\]"),
+
+    ("bf16_routed_moe", "dtype", lambda: _routed(topk_ids=torch.zeros(T, K, dtype=torch.int64)), "topk_ids is torch.int64; accepted is torch.int32"),
+    ("bf16_routed_moe", "dtype", lambda: _routed(topk_ids=(torch.zeros(T, K, dtype=int32), torch.zeros(T, K, dtype=torch.float16))), "topk_weights is torch.float16; accepted are"),
+    ("bf16_routed_moe", "dtype", lambda: _routed(routing_replay_out=_buffer().int()), "routing_replay_out must be int16, got torch.int32"),
+    ("bf16_routed_moe", "dtype", lambda: _routed(gemm2_weights=torch.zeros(E, H, INNER, dtype=torch.bfloat16)), "gemm2_weights is torch.bfloat16"),
+    ("bf16_routed_moe", "rank", lambda: _routed(topk_ids=torch.zeros(T * K, dtype=int32)), r"topk_ids has shape \(8,\), expected \(4, 2\)"),
+    ("bf16_routed_moe", "rank", lambda: _routed(topk_ids=(torch.zeros(T, K, dtype=int32),)), "topk_ids holds 1 tensors"),
+    ("bf16_routed_moe", "rows", lambda: _routed(topk_ids=torch.zeros(T + 1, K, dtype=int32)), r"topk_ids has shape \(5, 2\)"),
+    ("bf16_routed_moe", "rows", lambda: _routed(routing_replay_out=_buffer(3)), "routing_replay_out dim0 must be >= num_tokens=4, got 3"),
+    ("bf16_routed_moe", "columns", lambda: _routed(top_k=3), r"topk_ids has shape \(4, 2\), expected \(4, 3\)"),
+    ("bf16_routed_moe", "stride", lambda: _routed(topk_ids=torch.zeros(K, T, dtype=int32).t()), "topk_ids has strides .* contiguous"),
+    ("bf16_routed_moe", "stride", lambda: _routed(hidden_states=torch.zeros(H, T).t()), r"hidden_states has strides \(1, 4\)"),
+    ("bf16_routed_moe", "stride", lambda: _routed(output=torch.zeros(H, T).t()), r"output has strides \(1, 4\)"),
+    ("bf16_routed_moe", "stride", lambda: _routed(gemm1_bias=torch.zeros(2 * INNER, E).t()), "gemm1_bias has strides"),
+    ("bf16_routed_moe", "device", lambda: _routed(topk_ids=torch.zeros(T, K, dtype=int32, device=META)), "topk_ids is on meta, hidden_states on cpu"),
+    ("bf16_routed_moe", "K > E", lambda: _routed(top_k=9), r"top_k=9 is outside \[1, num_experts=8\]"),
+    ("bf16_routed_moe", "EP range", lambda: _routed(local_expert_offset=1), r"name experts \[1, 9\)"),
+    ("bf16_routed_moe", "E > int16", lambda: _routed(num_experts=40000), r"num_experts=40000 is outside \[1, 32767\]"),
+
+    ("gate_first", "rank", lambda: _up_first(up_first=torch.zeros(4)), r"up_first has shape \(4,\); accepted are"),
+    ("gate_first", "rows", lambda: _up_first(up_first=torch.zeros(2, 3, 4)), r"up_first has shape \(2, 3, 4\)"),
 
     ("fused_topk_deepseek", "dtype", lambda: _deepseek(topk_indices=torch.zeros(T, K, dtype=torch.int64)), "topk_indices is torch.int64"),
     ("fused_topk_deepseek", "dtype", lambda: _deepseek(routing_replay_out=_buffer().int()), "routing_replay_out is torch.int32"),

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from routing_replay.errors import ConfigError
-from routing_replay.kernels import ActivationType, RoutingMethodType, bf16_moe
+from routing_replay.kernels import (
+    ActivationType,
+    ExpertsChoice,
+    GemmTile,
+    RoutingMethodType,
+    bf16_moe,
+)
 
 # The others are tested in test_routing.py; what happens after routing does not depend on them.
 METHODS = (
@@ -352,7 +358,7 @@ def test_swiglu_parameters_and_biases_are_per_expert():
         ({"routing_method_type": 2, "n_group": 8, "topk_group": 2}, "leave groups of 1"),
         ({"num_fused_shared_experts": -1}, "num_fused_shared_experts=-1"),
         ({"num_fused_shared_experts": 1}, r"gemm1_weights has shape \(8, 24, 16\), expected \(9, 24, 16\)"),
-        ({"activation_type": 5}, "activation_type=5 is not supported; accepted are Swiglu"),
+        ({"activation_type": 5}, "activation_type=5 is not supported; accepted are Silu"),
         ({"routing_bias": torch.zeros(8)}, "takes none; pass None"),
         ({"n_group": 2}, "n_group=2 and topk_group=1 but routing method RenormalizeNaive has no groups"),
         ({"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5"),
@@ -392,17 +398,22 @@ def test_registered_ops_pass_opcheck():
         recorded,
         recorded.clone(),
     )
-    tail = (None, None, None, None, None, "reference", False)
+    tail = (None, None, None, None, None, False, "reference", False, "{}", None)
     ops = torch.ops.routing_replay
     torch.library.opcheck(ops.bf16_moe.default, (torch.empty_like(case.hidden), *arguments, *tail))
     torch.library.opcheck(ops.bf16_moe_unfinalized.default, (*arguments, *tail))
 
 
-def test_compiled_whole_graph_records_the_same():
+TILE = GemmTile(rows=64, depth=32, stages=3, warps=4)
+
+
+@pytest.mark.parametrize("config", [None, ExpertsChoice(tile_tokens=32, gemm2=TILE)], ids=str)
+def test_compiled_whole_graph_records_the_same(config: ExpertsChoice | None):
     case = _case(5, 8, 2)
 
     def layer(logits: Tensor, hidden: Tensor, recorded: Tensor) -> Tensor:
-        return Case(logits, hidden, case.gemm1, case.gemm2, 2).run(routing_replay_out=recorded) * 2
+        part = Case(logits, hidden, case.gemm1, case.gemm2, 2)
+        return part.run(routing_replay_out=recorded, config=config) * 2
 
     eager, compiled = _buffer(case, 2), _buffer(case, 2)
     expected = layer(case.logits, case.hidden, eager)

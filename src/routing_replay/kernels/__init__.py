@@ -1,8 +1,9 @@
 """Fused mixture-of-experts ops in which routing can be recorded and forced."""
 
 from routing_replay.kernels.backend import Backend
-from routing_replay.kernels.experts import ActivationType
-from routing_replay.kernels.fused_moe import bf16_moe
+from routing_replay.kernels.experts import ActivationType, gate_first
+from routing_replay.kernels.experts.config import ExpertsChoice, GemmTile
+from routing_replay.kernels.fused_moe import bf16_moe, bf16_routed_moe
 from routing_replay.kernels.gather import MISSING_ID, RowFault, gather_rows
 from routing_replay.kernels.linear import ROW_BLOCK, linear
 from routing_replay.kernels.permutation import PermutationPlan, plan_permutation
@@ -18,12 +19,16 @@ __all__ = [
     "ROW_BLOCK",
     "ActivationType",
     "Backend",
+    "ExpertsChoice",
+    "GemmTile",
     "PermutationPlan",
     "RoutingMethod",
     "RoutingMethodType",
     "RowFault",
     "bf16_moe",
+    "bf16_routed_moe",
     "fused_topk_deepseek",
+    "gate_first",
     "gather_rows",
     "linear",
     "plan_permutation",

@@ -5,6 +5,7 @@ from routing_replay.kernels.experts.activation import (
     SwigluParameters,
     apply_activation,
 )
+from routing_replay.kernels.experts.layout import gate_first
 from routing_replay.kernels.experts.reference import (
     ExpertWeights,
     combine_reference,
@@ -18,4 +19,5 @@ __all__ = [
     "apply_activation",
     "combine_reference",
     "experts_reference",
+    "gate_first",
 ]

@@ -12,6 +12,9 @@ __all__ = ["ActivationType", "SwigluParameters", "apply_activation"]
 class ActivationType(IntEnum):
     """The function between GEMM 1 and GEMM 2; gated forms take rows `[gate; up]`."""
 
+    Silu = 2
+    """`x * sigmoid(x)`; not gated."""
+
     Swiglu = 3
     """`silu(gate) * up`, or with parameters `g * sigmoid(alpha * g) * (u + beta)` on clamped `g` and `u`."""
 
@@ -74,6 +77,8 @@ def apply_activation(
     Runtime: no host sync; allocates O(rows*I); CUDA-graph safe; bitwise deterministic; differentiable in `x`.
     """
     x = x.float()
+    if activation is ActivationType.Silu:
+        return torch.nn.functional.silu(x)
     if not activation.is_gated:
         return torch.relu(x).square() if activation is ActivationType.Relu2 else x
     gate, up = x.chunk(2, dim=-1)

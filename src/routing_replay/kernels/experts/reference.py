@@ -80,6 +80,7 @@ def experts_reference(
     activation: ActivationType,
     parameters: SwigluParameters,
     *,
+    row_scales: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run every (token, expert) pair through its expert, grouped by expert.
@@ -92,6 +93,7 @@ def experts_reference(
         weights: Weights of the `E_local` experts.
         activation: Function between the GEMMs.
         parameters: Per-expert parameters of Swiglu.
+        row_scales: float32 `[T, K]`: factors on the input rows of the pairs, rounded to their dtype before GEMM 1. Or None.
         batch_invariant: Make a row's bits independent of the other rows; see `kernels.linear`.
 
     Returns:
@@ -118,6 +120,8 @@ def experts_reference(
     rows = hidden_states[order // local_ids.shape[1]]
     if num_rows == 0:
         return rows, expanded_to_permuted
+    if row_scales is not None:
+        rows = (rows.float() * row_scales.reshape(-1)[order].unsqueeze(1)).to(rows.dtype)
 
     x = _grouped_linear(
         rows, weights.gemm1_weights, group_ends, group_counts, batch_invariant=batch_invariant

@@ -9,7 +9,13 @@ from routing_replay.errors import ConfigError
 from routing_replay.kernels.experts import ActivationType
 from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
 
-__all__ = ["MoEShape", "check_moe_arguments", "checked_routing"]
+__all__ = [
+    "MoEShape",
+    "check_experts",
+    "check_given_routing",
+    "check_routing_logits",
+    "checked_routing",
+]
 
 _MAX_INT16 = torch.iinfo(torch.int16).max
 _FLOAT_DTYPES = (torch.bfloat16, torch.float32)
@@ -71,11 +77,6 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tenso
         )
 
 
-def _check_optional(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
-    if tensor is not None:
-        _check_tensor(name, tensor, shape, like)
-
-
 def checked_routing(
     shape: MoEShape,
     *,
@@ -118,29 +119,120 @@ def checked_routing(
     )
 
 
-def check_moe_arguments(
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOAT_DTYPES:
+        raise ConfigError(
+            f"{name} is {tensor.dtype}; accepted are torch.bfloat16 and torch.float32"
+        )
+
+
+def _check_rows(name: str, tensor: Tensor) -> None:
+    if tensor.numel() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ConfigError(
+            f"{name} has strides {tensor.stride()}; accepted are rows of consecutive elements: pass {name}.contiguous()"
+        )
+
+
+def _check_contiguous(name: str, tensor: Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ConfigError(
+            f"{name} has strides {tensor.stride()}; accepted are contiguous tensors: pass {name}.contiguous()"
+        )
+
+
+def check_routing_logits(shape: MoEShape, routing_logits: Tensor, hidden_states: Tensor) -> None:
+    """Check router logits against the tokens.
+
+    Args:
+        shape: The integers of the call.
+        routing_logits: `[T, E]` bfloat16 or float32, rows of consecutive elements.
+        hidden_states: `[T, H]`.
+
+    Raises:
+        ConfigError: Another dtype, shape, stride or device.
+
+    Runtime: host only; no sync.
+    """
+    _check_dtype("routing_logits", routing_logits)
+    size = (shape.num_tokens, shape.num_experts)
+    _check_tensor("routing_logits", routing_logits, size, hidden_states)
+    _check_rows("routing_logits", routing_logits)
+
+
+def check_given_routing(
+    shape: MoEShape, topk_ids: Tensor, topk_weights: Tensor | None, hidden_states: Tensor
+) -> None:
+    """Check given routing against the tokens.
+
+    Args:
+        shape: The integers of the call.
+        topk_ids: int32 `[T, K]`, contiguous.
+        topk_weights: bfloat16 or float32 `[T, K]`, contiguous; None where ids and weights are packed.
+        hidden_states: `[T, H]`.
+
+    Raises:
+        ConfigError: Another dtype, shape, stride or device.
+
+    Runtime: host only; no sync.
+    """
+    if topk_ids.dtype is not torch.int32:
+        raise ConfigError(f"topk_ids is {topk_ids.dtype}; accepted is torch.int32")
+    size = (shape.num_tokens, shape.top_k)
+    _check_tensor("topk_ids", topk_ids, size, hidden_states)
+    _check_contiguous("topk_ids", topk_ids)
+    if topk_weights is not None:
+        _check_dtype("topk_weights", topk_weights)
+        _check_tensor("topk_weights", topk_weights, size, hidden_states)
+        _check_contiguous("topk_weights", topk_weights)
+
+
+def _check_weights(
+    shape: MoEShape, activation: ActivationType, hidden_states: Tensor, weights: tuple[Tensor, Tensor]
+) -> None:  # fmt: skip
+    num_rows = shape.intermediate_size * (2 if activation.is_gated else 1)
+    num_weights = shape.local_num_experts + shape.num_fused_shared_experts
+    sizes = (
+        (num_weights, num_rows, shape.hidden_size),
+        (num_weights, shape.hidden_size, shape.intermediate_size),
+    )
+    for name, tensor, size in zip(("gemm1_weights", "gemm2_weights"), weights, sizes, strict=True):
+        _check_tensor(name, tensor, size, hidden_states)
+        if tensor.dtype not in (hidden_states.dtype, torch.float32):
+            raise ConfigError(
+                f"{name} is {tensor.dtype}, hidden_states {hidden_states.dtype}; use one dtype, or float32 weights"
+            )
+        _check_rows(name, tensor)
+    if weights[0].dtype is not weights[1].dtype:
+        raise ConfigError(
+            f"gemm1_weights is {weights[0].dtype}, gemm2_weights {weights[1].dtype}; use one dtype"
+        )
+
+
+def check_experts(
     shape: MoEShape,
-    routing_logits: Tensor,
     hidden_states: Tensor,
     weights: tuple[Tensor, Tensor],
     *,
     activation_type: int,
-    per_expert: dict[str, tuple[Tensor | None, int]],
+    parameters: dict[str, Tensor | None],
+    biases: tuple[Tensor | None, Tensor | None],
     output: Tensor | None,
+    use_routing_scales_on_input: bool,
 ) -> None:
-    """Check everything about a fused-MoE call but its replay buffers.
+    """Check everything about a fused-MoE call but its routing and its replay buffers.
 
     Args:
         shape: The integers of the call.
-        routing_logits: `[T, E]`.
         hidden_states: `[T, H]`.
         weights: `gemm1_weights` and `gemm2_weights`.
         activation_type: An `ActivationType`.
-        per_expert: Optional per-expert tensors by name, with the size of their second axis (0: none).
+        parameters: Parameters of Swiglu by name, `[E_local]` each, or None.
+        biases: `gemm1_bias` and `gemm2_bias`, or None.
         output: `[T, H]` or None.
+        use_routing_scales_on_input: Whether the rows are multiplied by their weight before GEMM 1.
 
     Raises:
-        ConfigError: A shape, dtype, device or option is not accepted.
+        ConfigError: A shape, dtype, stride, device or option is not accepted.
 
     Runtime: host only; no sync.
     """
@@ -149,33 +241,36 @@ def check_moe_arguments(
         raise ConfigError(
             f"activation_type={activation_type} is not supported; accepted are {accepted}"
         )
-    for name, tensor in (("routing_logits", routing_logits), ("hidden_states", hidden_states)):
-        if tensor.dtype not in _FLOAT_DTYPES:
-            raise ConfigError(
-                f"{name} is {tensor.dtype}; accepted are torch.bfloat16 and torch.float32"
-            )
-    num_rows = shape.intermediate_size * (2 if ActivationType(activation_type).is_gated else 1)
-    num_weights = shape.local_num_experts + shape.num_fused_shared_experts
-    expected = (
-        (num_weights, num_rows, shape.hidden_size),
-        (num_weights, shape.hidden_size, shape.intermediate_size),
-    )
-    _check_tensor(
-        "routing_logits", routing_logits, (shape.num_tokens, shape.num_experts), hidden_states
-    )
-    for name, tensor, size in zip(
-        ("gemm1_weights", "gemm2_weights"), weights, expected, strict=True
-    ):
-        _check_tensor(name, tensor, size, hidden_states)
-        if tensor.dtype not in (hidden_states.dtype, torch.float32):
-            raise ConfigError(
-                f"{name} is {tensor.dtype}, hidden_states {hidden_states.dtype}; use one dtype, or float32 weights"
-            )
-    for name, (tensor, width) in per_expert.items():
-        size = (num_weights, width) if width else (num_weights,)
-        _check_optional(name, tensor, size, hidden_states)
-    _check_optional("output", output, (shape.num_tokens, shape.hidden_size), hidden_states)
-    if output is not None and output.dtype is not hidden_states.dtype:
+    activation = ActivationType(activation_type)
+    if use_routing_scales_on_input and (shape.top_k > 1 or shape.num_fused_shared_experts):
         raise ConfigError(
-            f"output is {output.dtype}, hidden_states {hidden_states.dtype}; use one dtype"
+            f"use_routing_scales_on_input with top_k={shape.top_k} and num_fused_shared_experts="
+            f"{shape.num_fused_shared_experts}; accepted is one expert a token, as in Llama 4"
         )
+    _check_dtype("hidden_states", hidden_states)
+    _check_rows("hidden_states", hidden_states)
+    _check_weights(shape, activation, hidden_states, weights)
+    num_weights = shape.local_num_experts + shape.num_fused_shared_experts
+    num_rows = shape.intermediate_size * (2 if activation.is_gated else 1)
+    sizes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        **{name: (tensor, (num_weights,)) for name, tensor in parameters.items()},
+        "gemm1_bias": (biases[0], (num_weights, num_rows)),
+        "gemm2_bias": (biases[1], (num_weights, shape.hidden_size)),
+    }
+    for name, (tensor, size) in sizes.items():
+        if tensor is None:
+            continue
+        _check_dtype(name, tensor)
+        _check_tensor(name, tensor, size, hidden_states)
+        _check_contiguous(name, tensor)
+        if name in parameters and activation is not ActivationType.Swiglu:
+            raise ConfigError(
+                f"{name} is given but activation {activation.name} has no such parameter; pass None"
+            )
+    if output is not None:
+        _check_tensor("output", output, (shape.num_tokens, shape.hidden_size), hidden_states)
+        if output.dtype is not hidden_states.dtype:
+            raise ConfigError(
+                f"output is {output.dtype}, hidden_states {hidden_states.dtype}; use one dtype"
+            )
+        _check_rows("output", output)

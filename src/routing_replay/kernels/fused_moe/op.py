@@ -1,171 +1,23 @@
-"""`bf16_moe`: the public entry point, its torch.library registration, and nothing else."""
+"""`bf16_moe`: the fused MoE from router logits on."""
 
-import torch
 from torch import Tensor
 
 from routing_replay.kernels.backend import Backend, choose_backend
-from routing_replay.kernels.experts import (
-    ActivationType,
-    ExpertWeights,
-    SwigluParameters,
-    combine_reference,
-)
+from routing_replay.kernels.experts import ActivationType
+from routing_replay.kernels.experts.config import ExpertsChoice
 from routing_replay.kernels.fused_moe.checks import (
     MoEShape,
-    check_moe_arguments,
+    check_experts,
+    check_routing_logits,
     checked_routing,
 )
-from routing_replay.kernels.fused_moe.reference import MoEOptions, moe_reference
-from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
+from routing_replay.kernels.fused_moe.layer import choice_text
+from routing_replay.kernels.fused_moe.registered import moe_op, unfinalized_op
+from routing_replay.kernels.permutation.workspace import check_workspace
+from routing_replay.kernels.routing import RoutingMethodType
 from routing_replay.kernels.routing.checks import check_bias, check_replay_buffer
 
 __all__ = ["bf16_moe"]
-
-
-@torch.library.custom_op(
-    "routing_replay::bf16_moe_unfinalized", mutates_args=("routing_replay_out",)
-)
-def _unfinalized_op(
-    routing_logits: Tensor,
-    routing_bias: Tensor | None,
-    hidden_states: Tensor,
-    gemm1_weights: Tensor,
-    gemm2_weights: Tensor,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    routed_scaling_factor: float,
-    norm_topk_prob: bool,
-    num_fused_shared_experts: int,
-    local_expert_offset: int,
-    routing_method_type: int,
-    activation_type: int,
-    routing_replay_out: Tensor | None,
-    routing_replay_in: Tensor | None,
-    gemm1_alpha: Tensor | None,
-    gemm1_beta: Tensor | None,
-    gemm1_clamp_limit: Tensor | None,
-    gemm1_bias: Tensor | None,
-    gemm2_bias: Tensor | None,
-    backend: str,
-    batch_invariant: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    assert backend == Backend.REFERENCE, backend
-    return moe_reference(
-        routing_logits,
-        routing_bias,
-        hidden_states,
-        ExpertWeights(
-            gemm1_weights=gemm1_weights,
-            gemm2_weights=gemm2_weights,
-            gemm1_bias=gemm1_bias,
-            gemm2_bias=gemm2_bias,
-        ),
-        SwigluParameters(alpha=gemm1_alpha, beta=gemm1_beta, limit=gemm1_clamp_limit),
-        MoEOptions(
-            routing=RoutingMethod(
-                type=RoutingMethodType(routing_method_type),
-                num_experts=routing_logits.shape[1],
-                top_k=top_k,
-                n_group=n_group,
-                topk_group=topk_group,
-                routed_scaling_factor=routed_scaling_factor,
-                norm_topk_prob=norm_topk_prob,
-                num_fused_shared_experts=num_fused_shared_experts,
-            ),
-            activation=ActivationType(activation_type),
-            local_expert_offset=local_expert_offset,
-            batch_invariant=batch_invariant,
-        ),
-        routing_replay_out=routing_replay_out,
-        routing_replay_in=routing_replay_in,
-    )
-
-
-@_unfinalized_op.register_fake
-def _(
-    routing_logits: Tensor,
-    routing_bias: Tensor | None,
-    hidden_states: Tensor,
-    gemm1_weights: Tensor,
-    gemm2_weights: Tensor,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    routed_scaling_factor: float,
-    norm_topk_prob: bool,
-    num_fused_shared_experts: int,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens, hidden_size = hidden_states.shape
-    num_columns = top_k + num_fused_shared_experts
-    # How many pairs are computed on this rank is known only once the tokens are routed.
-    num_rows = torch.library.get_ctx().new_dynamic_size()
-    return (
-        hidden_states.new_empty(num_rows, hidden_size),
-        hidden_states.new_empty(num_tokens, num_columns, dtype=torch.float32),
-        hidden_states.new_empty(num_tokens * num_columns, dtype=torch.int32),
-    )
-
-
-@torch.library.custom_op("routing_replay::bf16_moe", mutates_args=("output", "routing_replay_out"))
-def _moe_op(
-    output: Tensor,
-    routing_logits: Tensor,
-    routing_bias: Tensor | None,
-    hidden_states: Tensor,
-    gemm1_weights: Tensor,
-    gemm2_weights: Tensor,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    routed_scaling_factor: float,
-    norm_topk_prob: bool,
-    num_fused_shared_experts: int,
-    local_expert_offset: int,
-    routing_method_type: int,
-    activation_type: int,
-    routing_replay_out: Tensor | None,
-    routing_replay_in: Tensor | None,
-    gemm1_alpha: Tensor | None,
-    gemm1_beta: Tensor | None,
-    gemm1_clamp_limit: Tensor | None,
-    gemm1_bias: Tensor | None,
-    gemm2_bias: Tensor | None,
-    backend: str,
-    batch_invariant: bool,
-) -> None:
-    gemm2_output, topk_weights, permuted = _unfinalized_op(
-        routing_logits,
-        routing_bias,
-        hidden_states,
-        gemm1_weights,
-        gemm2_weights,
-        top_k,
-        n_group,
-        topk_group,
-        routed_scaling_factor,
-        norm_topk_prob,
-        num_fused_shared_experts,
-        local_expert_offset,
-        routing_method_type,
-        activation_type,
-        routing_replay_out,
-        routing_replay_in,
-        gemm1_alpha,
-        gemm1_beta,
-        gemm1_clamp_limit,
-        gemm1_bias,
-        gemm2_bias,
-        backend,
-        batch_invariant,
-    )
-    output.copy_(combine_reference(gemm2_output, topk_weights, permuted))
-
-
-@_moe_op.register_fake
-def _(*_: object) -> None:
-    return None
 
 
 def bf16_moe(
@@ -196,8 +48,11 @@ def bf16_moe(
     gemm1_bias: Tensor | None = None,
     gemm2_bias: Tensor | None = None,
     num_fused_shared_experts: int = 0,
+    use_routing_scales_on_input: bool = False,
     backend: str = Backend.AUTO,
     batch_invariant: bool = False,
+    config: ExpertsChoice | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Route tokens, run their experts, and sum: a mixture-of-experts layer without its router GEMM.
 
@@ -227,10 +82,10 @@ def bf16_moe(
         norm_topk_prob: Divide by the sum in SigmoidRenorm, DeepSeekV3 and MiniMax2; other methods decide by themselves.
         routing_replay_out: int16 `[>= T, K]`, contiguous: rows `[0, T)` receive the *global* ids in use, in rank order
             (forced rows: as given); later rows stay untouched. None costs nothing and changes no bit.
-        gemm1_alpha: Swiglu slope, float32 `[E_local]`, or None.
-        gemm1_beta: Swiglu offset, float32 `[E_local]`, or None.
-        gemm1_clamp_limit: Swiglu clamp, float32 `[E_local]`, or None.
-        output: `[T, H]` to write into, dtype of `hidden_states`, or None.
+        gemm1_alpha: Swiglu slope, float32 or bfloat16 `[E_local]`, or None.
+        gemm1_beta: Swiglu offset, float32 or bfloat16 `[E_local]`, or None.
+        gemm1_clamp_limit: Swiglu clamp, float32 or bfloat16 `[E_local]`, or None.
+        output: `[T, H]` to write into, dtype of `hidden_states`, or None. It is written directly, without a copy.
         routing_replay_in: int16 `[>= T, K]`, contiguous: global ids to use instead of selecting. A row whose first id
             is -1 routes natively. In other rows an id that is out of range or repeats gets weight 0; nothing is read
             out of bounds. Weights always come from `routing_logits`.
@@ -238,19 +93,30 @@ def bf16_moe(
         gemm2_bias: `[E_local, H]`, or None.
         num_fused_shared_experts: S experts that every token goes to with weight 1; their weights follow the routed ones
             (`[E + S, ...]`), so that all experts must be on this rank. They are in no replay buffer.
+        use_routing_scales_on_input: Multiply the rows by their weight (rounded to the dtype of `hidden_states`) before GEMM 1
+            instead of after GEMM 2, as Llama 4 does; one expert a token alone. The sum then has weight 1.
         backend: A `Backend`.
-        batch_invariant: Make the bits of a row independent of the rows beside it (fixed row blocks; slower).
+        batch_invariant: Make the bits of a row independent of the rows beside it, and of how many they are (fixed row blocks
+            in the reference, a configuration that does not depend on T on Triton; slower).
+        config: Kernels and tiles of the Triton backend; what it leaves open, and None, is up to the tables. It changes no
+            recorded id.
+        workspace: Of `route_and_plan_workspace` for E_local + S experts, or None. With it the Triton backend routes and plans
+            up to 256 tokens in one launch instead of two; the reference does not touch it.
 
     Returns:
         `[T, H]` in the dtype of `hidden_states` (a partial sum where `E_local < E`). With `do_finalize=False`:
         `gemm2_output` `[rows, H]`, `topk_weights` float32 `[T, K + S]` and `expanded_idx_to_permuted_idx` int32
-        `[T * (K + S)]`, -1 for pairs that are not computed here.
+        `[T * (K + S)]`, -1 for pairs that are not computed here. `rows` is the number of computed pairs in the reference;
+        on Triton it is the `max_padded_tokens` of the plan, and rows that no pair names are undefined.
 
     Raises:
         ConfigError: An argument has the wrong dtype, shape, stride, device or value.
 
     Runtime: validation reads no device data. Backend `reference`: one host sync, allocates O(T*(E+K*(H+I))), not
-        CUDA-graph safe, bitwise deterministic for one shape, no autograd through the registered op.
+        CUDA-graph safe, bitwise deterministic for one shape, no autograd through the registered op. Backend `triton`: no host
+        sync; workspace `R * (H + I)` elements and `4 * R` bytes beside 8 bytes a pair, where `R = E' * tile + T * (K + S)` at
+        most, with E' experts that the tokens can reach here; its size depends on shapes alone; CUDA-graph safe; bitwise
+        deterministic from run to run (no atomics); nothing is launched for no tokens; no autograd.
     """
     shape = MoEShape(
         num_tokens=hidden_states.shape[0],
@@ -269,20 +135,20 @@ def bf16_moe(
         routed_scaling_factor=routed_scaling_factor,
         norm_topk_prob=norm_topk_prob,
     )
-    check_moe_arguments(
+    check_routing_logits(shape, routing_logits, hidden_states)
+    check_experts(
         shape,
-        routing_logits,
         hidden_states,
         (gemm1_weights, gemm2_weights),
         activation_type=activation_type,
-        per_expert={
-            "gemm1_alpha": (gemm1_alpha, 0),
-            "gemm1_beta": (gemm1_beta, 0),
-            "gemm1_clamp_limit": (gemm1_clamp_limit, 0),
-            "gemm1_bias": (gemm1_bias, gemm1_weights.shape[1] if gemm1_weights.ndim == 3 else 0),
-            "gemm2_bias": (gemm2_bias, shape.hidden_size),
+        parameters={
+            "gemm1_alpha": gemm1_alpha,
+            "gemm1_beta": gemm1_beta,
+            "gemm1_clamp_limit": gemm1_clamp_limit,
         },
+        biases=(gemm1_bias, gemm2_bias),
         output=output,
+        use_routing_scales_on_input=use_routing_scales_on_input,
     )
     device = hidden_states.device
     check_bias(routing_bias, routing, device)
@@ -291,6 +157,7 @@ def bf16_moe(
         ("routing_replay_in", routing_replay_in),
     ):
         check_replay_buffer(name, buffer, num_tokens=shape.num_tokens, top_k=top_k, device=device)
+    check_workspace(workspace, local_num_experts + num_fused_shared_experts, device)
     arguments = (
         routing_logits,
         routing_bias,
@@ -313,12 +180,15 @@ def bf16_moe(
         gemm1_clamp_limit,
         gemm1_bias,
         gemm2_bias,
-        str(choose_backend(backend, device)),
+        use_routing_scales_on_input,
+        str(choose_backend(backend, device, available=(Backend.REFERENCE, Backend.TRITON))),
         batch_invariant,
+        choice_text(config),
+        workspace,
     )
     if not do_finalize:
-        return _unfinalized_op(*arguments)
+        return unfinalized_op(*arguments)
     if output is None:
-        output = torch.empty_like(hidden_states)
-    _moe_op(output, *arguments)
+        output = hidden_states.new_empty(hidden_states.shape)
+    moe_op(output, *arguments)
     return output

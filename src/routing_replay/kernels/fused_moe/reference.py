@@ -1,57 +1,46 @@
 """The fused MoE in plain torch: route, run the experts, combine."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from routing_replay.kernels.experts import (
-    ActivationType,
-    ExpertWeights,
-    SwigluParameters,
-    experts_reference,
-)
+from routing_replay.kernels.experts import experts_reference
+from routing_replay.kernels.fused_moe.layer import ExpertsLayer
 from routing_replay.kernels.routing import RoutingMethod, route_reference, usable_ids
 
-__all__ = ["MoEOptions", "moe_reference"]
+__all__ = ["given_reference", "moe_reference", "routed_moe_reference"]
+
+_INT16 = torch.iinfo(torch.int16)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoEOptions:
-    """What is fixed for a layer.
-
-    Attributes:
-        routing: How logits become ids and weights.
-        activation: Activation between the GEMMs.
-        local_expert_offset: First expert on this rank.
-        batch_invariant: Make a row's bits independent of the other rows.
-    """
-
-    routing: RoutingMethod
-    activation: ActivationType
-    local_expert_offset: int
-    batch_invariant: bool = False
-
-
-def _local_ids(
-    topk_ids: Tensor, num_experts: int, offset: int, num_local: int, *, is_native: bool
-) -> Tensor:
-    """Ids on this rank `[T, K]`, -1 where the expert lives elsewhere, is no expert, or repeats in its row."""
-    if is_native and num_local == num_experts:
-        return topk_ids
-    local = topk_ids - offset
-    is_here = (local >= 0) & (local < num_local)
-    return local.where(is_here & usable_ids(topk_ids, num_experts), -1)
+def _run(
+    hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, usable: Tensor | None, layer: ExpertsLayer
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Run the experts on this rank; `usable` is None where every id counts."""
+    num_local = layer.num_local_experts
+    local_ids = topk_ids - layer.local_expert_offset
+    if usable is not None or num_local != layer.num_experts:
+        is_here = (local_ids >= 0) & (local_ids < num_local)
+        local_ids = local_ids.where(is_here if usable is None else is_here & usable, -1)
+    on_input = layer.use_routing_scales_on_input
+    gemm2_output, permuted = experts_reference(
+        hidden_states,
+        local_ids,
+        layer.weights,
+        layer.activation,
+        layer.parameters,
+        row_scales=topk_weights if on_input else None,
+        batch_invariant=layer.batch_invariant,
+    )
+    return gemm2_output, torch.ones_like(topk_weights) if on_input else topk_weights, permuted
 
 
 def moe_reference(
     routing_logits: Tensor,
-    routing_bias: Tensor | None,
     hidden_states: Tensor,
-    weights: ExpertWeights,
-    parameters: SwigluParameters,
-    options: MoEOptions,
+    routing: RoutingMethod,
+    layer: ExpertsLayer,
     *,
+    routing_bias: Tensor | None,
     routing_replay_out: Tensor | None,
     routing_replay_in: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,11 +48,10 @@ def moe_reference(
 
     Args:
         routing_logits: `[T, E]`.
-        routing_bias: `[E]`, or None.
         hidden_states: `[T, H]`.
-        weights: Weights of the local experts, fused shared ones last.
-        parameters: Per-expert parameters of Swiglu.
-        options: Routing method, activation, expert offset.
+        routing: How logits become ids and weights.
+        layer: The experts.
+        routing_bias: `[E]`, or None.
         routing_replay_out: int16 `[>= T, K]`; rows `[0, T)` are overwritten with the ids in use.
         routing_replay_in: int16 `[>= T, K]` ids to force; a row that starts with -1 routes natively.
 
@@ -73,26 +61,60 @@ def moe_reference(
 
     Runtime: one host sync; allocates O(T*(E+K*(H+I))); not CUDA-graph safe; bitwise deterministic for one shape.
     """
-    routing = options.routing
     topk_weights, topk_ids = route_reference(
         routing_logits, routing, routing_bias=routing_bias, routing_replay_in=routing_replay_in
     )
     if routing_replay_out is not None:
         routed = topk_ids[:, : routing.top_k]
         routing_replay_out[: len(topk_ids)] = routed.to(torch.int16)
-    local_ids = _local_ids(
-        topk_ids,
-        routing.num_experts + routing.num_fused_shared_experts,
-        options.local_expert_offset,
-        weights.gemm1_weights.shape[0],
-        is_native=routing_replay_in is None,
-    )
-    gemm2_output, permuted = experts_reference(
-        hidden_states,
-        local_ids,
-        weights,
-        options.activation,
-        parameters,
-        batch_invariant=options.batch_invariant,
-    )
-    return gemm2_output, topk_weights, permuted
+    is_native = routing_replay_in is None
+    usable = None if is_native else usable_ids(topk_ids, layer.num_experts)
+    return _run(hidden_states, topk_ids, topk_weights, usable, layer)
+
+
+def given_reference(topk_ids: Tensor, topk_weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Take ids and weights apart, where they are packed.
+
+    Args:
+        topk_ids: int32 `[T, K]`: ids, or `(id << 16) | bits of the bfloat16 weight`.
+        topk_weights: `[T, K]`, any float dtype; None where they are packed.
+
+    Returns:
+        ids int32 `[T, K]` and weights float32 `[T, K]`.
+
+    Runtime: no host sync; allocates O(T*K); CUDA-graph safe; bitwise deterministic.
+    """
+    if topk_weights is not None:
+        return topk_ids, topk_weights.float()
+    return topk_ids >> 16, (topk_ids << 16).view(torch.float32)
+
+
+def routed_moe_reference(
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    hidden_states: Tensor,
+    layer: ExpertsLayer,
+    *,
+    routing_replay_out: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything of a fused MoE that is given its routing, but the final sum.
+
+    Args:
+        topk_ids: int32 `[T, K]`, packed or not, as in `given_reference`.
+        topk_weights: `[T, K]`, or None.
+        hidden_states: `[T, H]`.
+        layer: The experts.
+        routing_replay_out: int16 `[>= T, K]`; rows `[0, T)` are overwritten with the ids as given, -1 for one that is no int16.
+
+    Returns:
+        As `moe_reference`; weights of ids that do not count are 0.
+
+    Runtime: as `moe_reference`.
+    """
+    ids, weights = given_reference(topk_ids, topk_weights)
+    if routing_replay_out is not None:
+        fits = (ids >= _INT16.min) & (ids <= _INT16.max)
+        routing_replay_out[: len(ids)] = ids.where(fits, -1).to(torch.int16)
+    usable = usable_ids(ids, layer.num_experts)
+    weights = weights.where(usable, 0.0)
+    return _run(hidden_states, ids.long(), weights, usable, layer)
