@@ -25,7 +25,7 @@ from moe_bench.peers import PEERS
 from moe_bench.peers.contract import Peer
 from moe_bench.peers.sites import Site
 from moe_bench.rows import JsonLines
-from moe_bench.shapes import SHAPES, TOKENS
+from moe_bench.shapes import SHAPES, TOKENS, LayerShape
 from moe_bench.summary import merge, tables
 
 _SEED = 100
@@ -129,38 +129,62 @@ def measure_all(arguments: argparse.Namespace) -> None:
     """Measure every case that the budget allows."""
     budget = Budget(arguments.budget_seconds)
     torch.backends.cuda.matmul.allow_tf32 = False
-    output = JsonLines(arguments.out)
     if arguments.warm:
         build_in_parallel(budget, arguments)
         print(f"kernels built after {budget.used:.0f} s", flush=True)
-    peers = load_peers(arguments.peers, opened(arguments.site), output)
-    output.write("machine", commit=arguments.commit, command=sys.argv[1:], **machine())
-    options = Options(rounds=arguments.rounds, runs=arguments.runs, zipf=arguments.zipf, is_profiled=arguments.profile)  # fmt: skip
+    with JsonLines(arguments.out) as output:
+        peers = load_peers(arguments.peers, opened(arguments.site), output)
+        output.write("machine", commit=arguments.commit, command=sys.argv[1:], **machine())
+        for name in arguments.shapes:
+            measure_shape(SHAPES[name], arguments, peers, budget, output)
+    print(f"{budget.used:.0f} s", flush=True)
+
+
+def measure_shape(
+    shape: LayerShape,
+    arguments: argparse.Namespace,
+    peers: list[Peer],
+    budget: Budget,
+    output: JsonLines,
+) -> None:
+    """Measure one shape on all numbers of tokens, with one set of weights."""
+    options = Options(
+        rounds=arguments.rounds,
+        runs=arguments.runs,
+        zipf=arguments.zipf,
+        is_profiled=arguments.profile,
+    )
 
     def report(kind: str, **columns: object) -> None:
         output.write(kind, **columns)
-        if kind != "layer":
-            print(kind, {key: value for key, value in columns.items() if value}, flush=True)
-            return
-        print(f"{columns['shape']} T={columns['tokens']} {columns['peer']}: {columns['us']} us, {columns['share_of_floor']} of the floor", flush=True)  # fmt: skip
+        print(line_of(kind, columns), flush=True)
 
-    for name in arguments.shapes:
-        shape = SHAPES[name]
-        output.write("clocks", when=f"before {name}", clocks=clocks())
-        weights = [layer_weights(shape, _SEED + index, "cuda") for index in range(shape.copies)]
-        for tokens in arguments.tokens:
-            if not budget.allows_case():
-                report("skipped", shape=name, tokens=tokens, reason=f"{budget.used:.0f} s of the budget are used")  # fmt: skip
-                continue
-            started = time.monotonic()
-            compare(Case(shape=shape, num_tokens=tokens, weights=weights), peers, GraphTimer(), options, report)  # fmt: skip
-            free_memory()
-            budget.finished_case(time.monotonic() - started)
-        output.write("clocks", when=f"after {name}", clocks=clocks())
-        del weights
+    output.write("clocks", when=f"before {shape.name}", clocks=clocks())
+    weights = [layer_weights(shape, _SEED + index, "cuda") for index in range(shape.copies)]
+    for tokens in arguments.tokens:
+        if not budget.allows_case():
+            reason = f"{budget.used:.0f} s of the budget are used"
+            report("skipped", shape=shape.name, tokens=tokens, reason=reason)
+            continue
+        started = time.monotonic()
+        case = Case(shape=shape, num_tokens=tokens, weights=weights)
+        compare(case, peers, GraphTimer(), options, report)
         free_memory()
-    output.close()
-    print(f"{budget.used:.0f} s", flush=True)
+        budget.finished_case(time.monotonic() - started)
+    output.write("clocks", when=f"after {shape.name}", clocks=clocks())
+    del weights
+    free_memory()
+
+
+def line_of(kind: str, columns: dict[str, object]) -> str:
+    """Return what is printed of a row."""
+    where = f"{columns['shape']} T={columns['tokens']} {columns.get('peer', '')}"
+    if kind == "layer":
+        share = 100 * float(str(columns["share_of_floor"]))
+        return f"{where}: {columns['us']} us, {share:.0f} % of the floor"
+    if kind == "ratio":
+        return f"{where}: {columns['ratio']} of {columns['over']}"
+    return f"{where}: {kind}: {columns['reason']}"
 
 
 def main() -> None:

@@ -47,10 +47,7 @@ class Pack:
 
 
 _CONFIGS = "sglang/srt/layers/moe/moe_runner/triton_utils/configs/*/E=*device_name=NVIDIA_H"
-_TVM_FFI = Wheel(
-    requirement="apache-tvm-ffi==0.1.11",
-    drop=("*/libtvm_ffi_testing.so", "tvm_ffi/3rdparty/libbacktrace/*"),
-)
+_TVM_FFI = Wheel(requirement="apache-tvm-ffi==0.1.11", drop=("tvm_ffi/3rdparty/libbacktrace/*",))
 
 PACKS = {
     pack.name: pack

@@ -13,6 +13,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "ops"))
 
 import moe_layer
+import routing as routing_benchmark
 from moe_bench.budget import Budget
 from moe_bench.candidates import nearest, tile_candidates
 from moe_bench.comparison import Case, Options, compare, run_once
@@ -28,13 +29,14 @@ from moe_bench.data import (
 from moe_bench.floors import floor_of, work_of
 from moe_bench.peers.contract import Configuration, LayerCall, PeerError
 from moe_bench.peers.ours import Ours
+from moe_bench.peers.routers import Router, RouterInput, load_all
 from moe_bench.peers.sites import Site, import_despite_missing
 from moe_bench.peers.torch_grouped import TorchGrouped
 from moe_bench.rows import JsonLines, distribution_of, figures_of, ratio_of_rounds
 from moe_bench.shapes import SHAPES, TOKENS, LayerShape
 from moe_bench.summary import merge, tables
 
-from routing_replay.kernels import RoutingMethod, RoutingMethodType
+from routing_replay.kernels import RoutingMethod, RoutingMethodType, route
 
 TINY = LayerShape(
     name="tiny",
@@ -361,9 +363,9 @@ def test_missing_pack_is_named_with_what_to_do(tmp_path: Path):
 
 
 def test_peer_that_does_not_load_is_a_row(tmp_path: Path):
-    output = JsonLines(tmp_path / "rows.jsonl")
-    peers = moe_layer.load_peers(["ours", "sglang", "vllm", "triton_kernels", "sonic"], Site(None), output)  # fmt: skip
-    output.close()
+    names = ["ours", "sglang", "vllm", "triton_kernels", "sonic"]
+    with JsonLines(tmp_path / "rows.jsonl") as output:
+        peers = moe_layer.load_peers(names, Site(None), output)
     assert [peer.name for peer in peers] == ["ours"]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["kind"], row["peer"]) for row in rows] == [
@@ -400,14 +402,13 @@ def test_stand_ins_replace_missing_packages_but_not_the_peer(
 
 def test_rows_of_a_cut_run_are_kept_and_merged(tmp_path: Path):
     path = tmp_path / "qwen3.jsonl"
-    output = JsonLines(path)
-    output.write("machine", commit="abc", device="some GPU")
     rows = compared(TINY, [Ours(is_recording=False, backend="reference"), Faulty("refuses")])
-    for row in rows:
-        output.write(row.pop("kind"), **row)
-    # The file is complete before it is closed: a killed process loses nothing.
-    merged = merge([path])
-    output.close()
+    with JsonLines(path) as output:
+        output.write("machine", commit="abc", device="some GPU")
+        for row in rows:
+            output.write(row.pop("kind"), **row)
+        # The file is complete before it is closed: a killed process loses nothing.
+        merged = merge([path])
     assert [row["run"] for row in merged["layers"]] == ["qwen3"]
     assert merged["not_measured"][0]["what"] == "refused"
     text = tables(merged)
@@ -425,6 +426,14 @@ def test_merge_refuses_other_files(tmp_path: Path):
         merge([path])
 
 
+def test_printed_lines_say_what_a_row_says():
+    where = {"shape": "olmoe", "tokens": 8, "peer": "ours"}
+    line = moe_layer.line_of
+    assert line("layer", {**where, "us": 170.5, "share_of_floor": 0.9361}) == "olmoe T=8 ours: 170.5 us, 94 % of the floor"  # fmt: skip
+    assert line("ratio", {**where, "ratio": 1.002, "over": "ours"}) == "olmoe T=8 ours: 1.002 of ours"  # fmt: skip
+    assert line("skipped", {"shape": "olmoe", "tokens": 8, "reason": "late"}) == "olmoe T=8 : skipped: late"  # fmt: skip
+
+
 def test_command_line_refuses_unknown_names(capsys: pytest.CaptureFixture[str]):
     base = ["measure", "--out", "x.jsonl", "--commit", "abc"]
     arguments = moe_layer.arguments_of([*base, "--shapes", "olmoe", "--tokens", "1,8"])
@@ -432,3 +441,61 @@ def test_command_line_refuses_unknown_names(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         moe_layer.arguments_of([*base, "--peers", "ours,nobody"])
     assert "nobody: not known; accepted are ours" in capsys.readouterr().err
+
+
+def router_that(fault: str) -> Router:
+    """A router for the tiny partial layer, right until it is told otherwise."""
+
+    def run(given: RouterInput) -> tuple[Tensor, Tensor]:
+        if fault == "raises":
+            raise RuntimeError("no kernel image")
+        weights, ids = route(
+            given.logits,
+            TINY_PARTIAL.routing,
+            routing_bias=given.bias,
+            routing_replay_out=given.recorded,
+        )
+        if fault == "orders as it likes":
+            return weights.flip(1), ids.flip(1)
+        if fault == "scales":
+            weights = weights * 1.01
+        if fault == "records late":
+            given.recorded[-1] = -1
+        return weights, ids
+
+    is_recording = fault in ("none", "records late")
+    return Router(name=fault, makes_plan=False, run=run, is_recording=is_recording)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "reason"),
+    [
+        ("none", "routing", ""),
+        ("orders as it likes", "routing", ""),
+        ("scales", "wrong", "weights by expert are off by 0.0"),
+        ("records late", "wrong", "recorded ids are not those"),
+        ("raises", "failed", "RuntimeError: no kernel image"),
+    ],
+)
+def test_router_gets_a_number_only_if_it_is_right(
+    tmp_path: Path, fault: str, kind: str, reason: str
+):
+    routers = [router_that(fault)]
+    with JsonLines(tmp_path / "rows.jsonl") as output:
+        routing_benchmark.measure(TINY_PARTIAL, 7, routers, EagerTimer(), output, device="cpu")
+    (line,) = (tmp_path / "rows.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert (row["kind"], row["tokens"], row["makes_plan"]) == (kind, 7, False)
+    assert row.get("reason", "").startswith(reason)
+    assert ("us" in row) == (kind == "routing")
+    if kind == "routing":
+        assert row["us"] == 100.0 / routing_benchmark.CALLS
+
+
+def test_routers_that_do_not_load_are_named():
+    absent: list[tuple[str, str]] = []
+    names = ["torch", "sglang", "vllm", "flashinfer"]
+    found = load_all(names, TINY, 16, Site(None), lambda *reason: absent.append(reason))
+    assert [router.name for router in found] == ["torch"]
+    assert [name for name, _ in absent] == ["sglang", "vllm", "flashinfer"]
+    assert all("is not in None" in reason for _, reason in absent)

@@ -19,7 +19,7 @@ from moe_bench.peers.contract import Configuration, LayerCall, Peer
 from moe_bench.rows import distribution_of, figures_of, ratio_of_rounds
 from moe_bench.shapes import LayerShape
 
-__all__ = ["Case", "Options", "compare", "run_once"]
+__all__ = ["Case", "Options", "compare", "in_turns", "run_once"]
 
 LARGEST_ERROR = 1e-2
 """Relative L2 distance from float32 that passes; torch's own bfloat16 path stays below 9e-3."""
@@ -86,13 +86,12 @@ class Case:
         ]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Entrant:
     peer: Peer
     configuration: Configuration
     captured: Captured
     error: float
-    rounds: list[list[float]]
 
 
 def compare(case: Case, peers: Iterable[Peer], timer: Timer, options: Options, report: Report) -> None:  # fmt: skip
@@ -129,10 +128,11 @@ def compare(case: Case, peers: Iterable[Peer], timer: Timer, options: Options, r
         if entrant is not None:
             entrants.append(entrant)
     with profiled(options.is_profiled):
-        _take_turns(entrants, options)
+        graphs = [entrant.captured for entrant in entrants]
+        turns = in_turns(graphs, rounds=options.rounds, runs=options.runs)
     work = work_of_inputs(case.shape, inputs)
-    for entrant in entrants:
-        times = [time / len(inputs) for turn in entrant.rounds for time in turn]
+    for entrant, rounds in zip(entrants, turns, strict=True):
+        times = [time / len(inputs) for turn in rounds for time in turn]
         distribution = distribution_of(times)
         tell(
             "layer",
@@ -145,7 +145,7 @@ def compare(case: Case, peers: Iterable[Peer], timer: Timer, options: Options, r
             relative_l2=float(f"{entrant.error:.3g}"),
             times_us=[round(time, 2) for time in times],
         )
-    _report_recording(entrants, tell)
+    _report_recording(entrants, turns, tell)
 
 
 def run_once(case: Case, peer: Peer, options: Options) -> list[str]:
@@ -188,9 +188,7 @@ def _entered(
     if not error < LARGEST_ERROR:
         tell("wrong", peer, reason=f"relative L2 {error:.3g}, at most {LARGEST_ERROR}", configuration=configuration.label)  # fmt: skip
         return None
-    return _Entrant(
-        peer=peer, configuration=configuration, captured=captured, error=error, rounds=[]
-    )
+    return _Entrant(peer=peer, configuration=configuration, captured=captured, error=error)
 
 
 def _fastest(
@@ -239,22 +237,36 @@ def _gate(
     return max(errors)
 
 
-def _take_turns(entrants: list[_Entrant], options: Options) -> None:
-    """Time the entrants in turn, every other round backwards, so that none always follows the same one."""
-    for entrant in entrants:
-        entrant.captured.times(_WARM_UP_RUNS)
-    for index in range(options.rounds):
-        for entrant in entrants if index % 2 == 0 else reversed(entrants):
-            entrant.rounds.append(entrant.captured.times(options.runs))
+def in_turns(captured: Sequence[Captured], *, rounds: int, runs: int) -> list[list[list[float]]]:
+    """Time entrants in turn, every other round backwards, so that none always follows the same one.
+
+    Args:
+        captured: The entrants.
+        rounds: Turns of each.
+        runs: Timed runs in a turn.
+
+    Returns:
+        Microseconds of each run, by entrant and round.
+    """
+    for item in captured:
+        item.times(_WARM_UP_RUNS)
+    times: list[list[list[float]]] = [[] for _ in captured]
+    order = list(range(len(captured)))
+    for index in range(rounds):
+        for place in order if index % 2 == 0 else reversed(order):
+            times[place].append(captured[place].times(runs))
+    return times
 
 
-def _report_recording(entrants: Sequence[_Entrant], tell: Report) -> None:
+def _report_recording(
+    entrants: Sequence[_Entrant], turns: Sequence[Sequence[Sequence[float]]], tell: Report
+) -> None:
     """Report what recording costs where both forms ran."""
-    by_name = {entrant.peer.name: entrant for entrant in entrants}
-    if {"ours", "ours_recording"} <= by_name.keys():
-        recording, plain = by_name["ours_recording"], by_name["ours"]
-        ratio = ratio_of_rounds(recording.rounds, plain.rounds)
-        tell("ratio", recording.peer, over=plain.peer.name, **ratio)
+    places = {entrant.peer.name: place for place, entrant in enumerate(entrants)}
+    if {"ours", "ours_recording"} <= places.keys():
+        recording, plain = places["ours_recording"], places["ours"]
+        ratio = ratio_of_rounds(turns[recording], turns[plain])
+        tell("ratio", entrants[recording].peer, over="ours", **ratio)
 
 
 def _one_line(err: Exception) -> str:

@@ -1,5 +1,7 @@
 """This library's own layer, with and without a replay buffer."""
 
+from dataclasses import asdict
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,8 @@ from moe_bench.data import LayerInput, LayerWeights
 from moe_bench.peers.contract import Configuration, LayerCall
 from moe_bench.shapes import LayerShape
 from routing_replay.kernels import bf16_moe
+from routing_replay.kernels.experts.choosing import choose_config
+from routing_replay.kernels.experts.config import ExpertsShape
 
 __all__ = ["Ours"]
 
@@ -24,9 +28,24 @@ class Ours:
         del shape, num_tokens
 
     def configurations(self, shape: LayerShape, num_tokens: int) -> list[Configuration]:
-        """The one that the package chooses."""
-        del shape, num_tokens
-        return [Configuration(label=f"backend {self._backend}, the package's tables")]
+        """The one that the package chooses; it is only written down here, never passed on."""
+        if self._backend != "triton":
+            return [Configuration(label=f"backend {self._backend}")]
+        chosen = choose_config(
+            ExpertsShape(
+                num_tokens=num_tokens,
+                top_k=shape.routing.top_k,
+                num_local_experts=shape.num_local_experts,
+                hidden_size=shape.hidden_size,
+                intermediate_size=shape.intermediate_size,
+                num_experts=shape.routing.num_experts,
+            ),
+            capability=torch.cuda.get_device_capability(),
+            device_name=torch.cuda.get_device_name(),
+        )
+        tiles = {"gemm1": asdict(chosen.gemm1), "gemm2": asdict(chosen.gemm2)}
+        label = f"the package's choice: {chosen.engine}, {chosen.tile_tokens} rows of tokens"
+        return [Configuration(label=label, values=tiles)]
 
     def layer(
         self,

@@ -4,7 +4,7 @@ import importlib.machinery
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TypeVar
@@ -100,7 +100,9 @@ def stand_in_modules(modules: Mapping[str, Mapping[str, object]]) -> None:
         sys.modules[full_name].__dict__.update(attributes)
 
 
-def import_despite_missing(load: Callable[[], _Loaded], *, root: str) -> tuple[_Loaded, list[str]]:
+def import_despite_missing(
+    load: Callable[[], _Loaded], *, root: str, known: Sequence[str] = ()
+) -> tuple[_Loaded, list[str]]:
     """Run imports; a third-party package that the machine lacks is replaced by an empty stand-in.
 
     Serving code of an engine imports packages for HTTP, tokenizers and logging that its kernels do not need.
@@ -108,16 +110,18 @@ def import_despite_missing(load: Callable[[], _Loaded], *, root: str) -> tuple[_
     Args:
         load: Imports, and returns what is wanted of them.
         root: The peer's own package, which nothing stands in for.
+        known: Packages that may be missing. Others are found by trying, which a package that registers something with
+            torch while it is imported does not survive.
 
     Returns:
-        What `load` returns, and the packages that are stand-ins.
+        What `load` returns, and the packages that may be stand-ins.
 
     Raises:
-        PeerError: Too many packages are missing.
+        PeerError: Too many packages are missing, or the peer cannot be imported a second time.
         ModuleNotFoundError: The peer's own package, or torch, is missing.
     """
-    finder = _StandInFinder()
-    sys.meta_path.append(finder)
+    finder = _StandInFinder(known)
+    sys.meta_path.append(finder)  # last: what the machine has comes first
     for _ in range(_MOST_MISSING_PACKAGES):
         try:
             return load(), sorted(finder.names)
@@ -127,6 +131,13 @@ def import_despite_missing(load: Callable[[], _Loaded], *, root: str) -> tuple[_
                 raise
             finder.names.add(missing)
             _forget(root)
+        except RuntimeError as err:
+            found = finder.names.difference(known)
+            if not found:
+                raise
+            raise PeerError(
+                f"{root} cannot be imported a second time ({err}); name {sorted(found)} as packages that may be missing"
+            ) from err
     raise PeerError(f"{root} lacks more than {_MOST_MISSING_PACKAGES} packages: {finder.names}")
 
 
@@ -179,8 +190,8 @@ class _StandIn(ModuleType):
 
 
 class _StandInFinder:
-    def __init__(self) -> None:
-        self.names: set[str] = set()
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = set(names)
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:  # fmt: skip
         del path, target

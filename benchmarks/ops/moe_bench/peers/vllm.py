@@ -16,6 +16,8 @@ __all__ = ["VllmTriton"]
 
 _TABLES = "vllm/model_executor/layers/fused_moe/configs"
 _SIGMOID = 1
+_SERVING = ("cbor2", "openai", "openai_harmony", "zmq")
+"""Packages of its HTTP server and processes, which its modules import and its kernels do not use."""
 
 
 class VllmTriton:
@@ -26,7 +28,7 @@ class VllmTriton:
     def __init__(self, site: Site) -> None:
         self._root = site.root("vllm")
         self._sglang_root = site.root("sglang") if site.has("sglang") else None
-        loaded, self.stand_ins = import_despite_missing(_load, root="vllm")
+        loaded, self.stand_ins = import_despite_missing(_load, root="vllm", known=_SERVING)
         self._override, self._experts, self._topk = loaded
 
     def refusal(self, shape: LayerShape, num_tokens: int) -> str | None:
