@@ -33,6 +33,7 @@ _COMMANDS = (
         "inspect", "describe and validate a trace, a store, a rollout, or an engine's responses"
     ),
     _Command("export", "write traces in a shape that other programs read"),
+    _Command("tune", "find the fastest tiles of a layer on this GPU, and write them as a table"),
     _Command("doctor", "show versions, devices, and which features work here"),
 )
 

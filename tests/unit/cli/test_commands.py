@@ -181,7 +181,9 @@ def test_doctor_tries_everything():
     assert "ok" in _run("doctor").stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "rollout", "audit", "inspect", "export", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["demo", "rollout", "audit", "inspect", "export", "tune", "doctor"]
+)
 def test_every_command_has_help_with_an_example(command: str):
     done = _run(command, "--help")
     assert done.returncode == 0
