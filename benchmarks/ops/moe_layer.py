@@ -9,7 +9,6 @@ time is written for an output that was not first compared with float32. A peer t
 
 import argparse
 import gc
-import json
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from moe_bench.peers.contract import Peer
 from moe_bench.peers.sites import Site
 from moe_bench.rows import JsonLines
 from moe_bench.shapes import SHAPES, TOKENS, LayerShape
-from moe_bench.summary import merge, tables
+from moe_bench.summary import as_json, merge, tables
 
 _SEED = 100
 _SHARE_OF_BUDGET_TO_BUILD = 0.5
@@ -93,14 +92,23 @@ def build_kernels(arguments: argparse.Namespace) -> None:
     options = Options(zipf=arguments.zipf)
     jobs = [(shape, tokens) for tokens in arguments.tokens for shape in arguments.shapes]
     for name, tokens in jobs[arguments.shard :: arguments.warm]:
-        weights = [layer_weights(SHAPES[name], _SEED, "cuda")]
-        case = Case(shape=SHAPES[name], num_tokens=tokens, weights=weights)
-        for peer in peers:
-            for problem in run_once(case, peer, options):
+        try:
+            for problem in build_case(SHAPES[name], tokens, peers, options):
                 print(f"building {name} T={tokens}: {problem}", flush=True)
-        torch.cuda.synchronize()
-        del case, weights
+        except torch.OutOfMemoryError:
+            print(
+                f"building {name} T={tokens}: no memory beside the others; built later", flush=True
+            )
         free_memory()
+
+
+def build_case(shape: LayerShape, tokens: int, peers: list[Peer], options: Options) -> list[str]:
+    """Run one case once on weights of one layer; return what failed."""
+    weights = [layer_weights(shape, _SEED, options.device)]
+    case = Case(shape=shape, num_tokens=tokens, weights=weights)
+    problems = [problem for peer in peers for problem in run_once(case, peer, options)]
+    torch.cuda.synchronize()
+    return problems
 
 
 def build_in_parallel(budget: Budget, arguments: argparse.Namespace) -> None:
@@ -193,7 +201,7 @@ def main() -> None:
     if arguments.action == "summarise":
         result = merge(arguments.files)
         if arguments.out is not None:
-            arguments.out.write_text(json.dumps(result) + "\n")
+            arguments.out.write_text(as_json(result))
         print(tables(result))
     elif arguments.shard is not None:
         build_kernels(arguments)

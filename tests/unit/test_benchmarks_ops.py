@@ -34,7 +34,7 @@ from moe_bench.peers.sites import Site, import_despite_missing
 from moe_bench.peers.torch_grouped import TorchGrouped
 from moe_bench.rows import JsonLines, distribution_of, figures_of, ratio_of_rounds
 from moe_bench.shapes import SHAPES, TOKENS, LayerShape
-from moe_bench.summary import merge, tables
+from moe_bench.summary import as_json, merge, tables
 
 from routing_replay.kernels import RoutingMethod, RoutingMethodType, route
 
@@ -411,6 +411,8 @@ def test_rows_of_a_cut_run_are_kept_and_merged(tmp_path: Path):
         merged = merge([path])
     assert [row["run"] for row in merged["layers"]] == ["qwen3"]
     assert merged["not_measured"][0]["what"] == "refused"
+    assert json.loads(as_json(merged)) == merged
+    assert max(map(len, as_json(merged).splitlines())) < 1000
     text = tables(merged)
     assert "| 5 |" in text
     assert "refused: faulty tiny 5: not now" in text

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-__all__ = ["merge", "tables"]
+__all__ = ["as_json", "merge", "tables"]
 
 _LISTS = {
     "layer": "layers",
@@ -50,6 +50,22 @@ def merge(paths: Iterable[Path]) -> dict[str, list[Row]]:
             is_reason = _LISTS[kind] == "not_measured"
             merged[_LISTS[kind]].append({"run": path.stem, **({"what": kind} if is_reason else {}), **row})  # fmt: skip
     return merged
+
+
+def as_json(result: dict[str, list[Row]]) -> str:
+    """Return a result as JSON with one row per line, so that a change of one figure is a change of one line.
+
+    Args:
+        result: What `merge` returns.
+
+    Returns:
+        The text of a file.
+    """
+    parts: list[str] = []
+    for name, rows in result.items():
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        parts.append(f' "{name}": [\n{lines}\n ]' if rows else f' "{name}": []')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def tables(result: dict[str, list[Row]]) -> str:
