@@ -7,7 +7,9 @@ import torch
 
 from routing_replay.errors import ConfigError
 
-__all__ = ["Backend", "choose_backend"]
+__all__ = ["Backend", "check_flashinfer_device", "choose_backend"]
+
+_FLASHINFER_CAPABILITIES = (10, 12)
 
 
 class Backend(StrEnum):
@@ -21,6 +23,9 @@ class Backend(StrEnum):
 
     TRITON = "triton"
     """Triton, on CUDA devices from sm_80 on."""
+
+    FLASHINFER = "flashinfer"
+    """FlashInfer's TensorRT-LLM kernels, on CUDA devices of compute capability 10 and 12, with weights in its layout."""
 
 
 def choose_backend(
@@ -53,4 +58,29 @@ def choose_backend(
         raise ConfigError(
             f"backend='triton' on {device}; accepted are CUDA devices: leave it out, or move the tensors"
         )
+    if backend is Backend.FLASHINFER:
+        check_flashinfer_device(device)
     return backend
+
+
+def check_flashinfer_device(device: torch.device) -> None:
+    """Refuse a device that FlashInfer's fused MoE kernels do not run on.
+
+    Args:
+        device: Where the op's tensors are.
+
+    Raises:
+        ConfigError: It is no CUDA device of compute capability 10 or 12.
+
+    Runtime: host only; asks the driver, without a sync.
+    """
+    found = str(device)
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major in _FLASHINFER_CAPABILITIES:
+            return
+        found = f"{device} of compute capability {major}.{minor}"
+    raise ConfigError(
+        f"backend='flashinfer' on {found}; accepted are CUDA devices of compute capability 10 and 12: use "
+        "backend='triton' with plain weights"
+    )
