@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import lzma
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -97,6 +98,8 @@ def build(pack: Pack, downloads: Path, out: Path, part_bytes: int) -> dict[str, 
         files |= wheel_files(path, wheel)
     data = archive_of(files)
     folder = out / pack.name
+    if folder.exists():
+        shutil.rmtree(folder)  # an earlier build may have had more parts
     parts = parts_of(data, part_bytes)
     for number, part in enumerate(parts, 1):
         target = folder / f"part{number}"

@@ -131,6 +131,12 @@ def test_parts_wait_for_each_other(tmp_path: Path):
     assert line.startswith("some: 2 files")
 
 
+def test_new_build_leaves_no_part_of_an_old_one(tmp_path: Path):
+    pack = made_pack(tmp_path, part_bytes=150)
+    build_packs.build(pack, tmp_path / "wheels", tmp_path / "out", 1 << 20)
+    assert [part.name for part in (tmp_path / "out/some").iterdir()] == ["part1"]
+
+
 def test_damaged_archive_is_refused(tmp_path: Path):
     made_pack(tmp_path, part_bytes=1 << 20)
     archive = tmp_path / "out/some/part1/archive"
