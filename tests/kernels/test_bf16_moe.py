@@ -14,7 +14,9 @@ from routing_replay.kernels import (
     GemmTile,
     RoutingMethodType,
     bf16_moe,
+    gate_first,
 )
+from routing_replay.kernels.fused_moe.layer import choice_text
 
 # The others are tested in test_routing.py; what happens after routing does not depend on them.
 METHODS = (
@@ -291,16 +293,52 @@ def test_shared_experts_join_every_row_and_no_replay_buffer():
         case.run(num_fused_shared_experts=2, local_num_experts=8)
 
 
+def test_routing_scales_on_input_are_llama4_s_order():
+    case = _case(6, 8, 1, method=RoutingMethodType.Llama4)
+    bias = torch.randn(8, 16)
+    out = case.run(use_routing_scales_on_input=True, gemm2_bias=bias)
+    for token, expert in enumerate(case.logits.argmax(1).tolist()):
+        scaled = case.hidden[token] * case.logits[token, expert].sigmoid()
+        gate, up = (case.gemm1[expert] @ scaled).chunk(2)
+        expected = case.gemm2[expert] @ (torch.nn.functional.silu(gate) * up) + bias[expert]
+        torch.testing.assert_close(out[token], expected, atol=1e-5, rtol=1e-4)
+    assert (case.run(gemm2_bias=bias) - out).abs().max() > 1e-3  # the order matters
+    _, weights, _ = case.run(use_routing_scales_on_input=True, do_finalize=False)
+    assert (weights == 1).all()
+
+
+def test_up_first_weights_are_converted():
+    case = _case(4, 8, 2)
+    gate, up = case.gemm1.chunk(2, dim=1)
+    up_first = torch.cat((up, gate), dim=1)
+    assert torch.equal(gate_first(up_first), case.gemm1)
+    assert torch.equal(gate_first(gate_first(case.gemm1[:, :, 0])), case.gemm1[:, :, 0])
+    assert torch.equal(case.run(gemm1_weights=gate_first(up_first)), case.run())
+    assert not torch.allclose(case.run(gemm1_weights=up_first), case.run())
+
+
+def test_choice_reaches_the_registered_ops_as_its_own_json():
+    tile = GemmTile(rows=128, depth=64, stages=4, warps=8)
+    parts: list[dict[str, object]] = [{}, {"engine": "hopper"}, {"tile_tokens": 64}, {"gemm1": tile}, {"gemm2": tile}]  # fmt: skip
+    parts.append({name: value for part in parts for name, value in part.items()})
+    for fields in parts:
+        choice = ExpertsChoice(**fields)  # pyright: ignore[reportArgumentType]
+        assert choice_text(choice) == choice.to_json()
+        assert ExpertsChoice.from_json(choice_text(choice)) == choice
+    assert choice_text(None) == ExpertsChoice().to_json()
+
+
 def _activation_cases() -> dict[str, tuple[ActivationType, Callable[[Tensor, Tensor], Tensor]]]:
     functional = torch.nn.functional
     return {
         "geglu": (ActivationType.Geglu, lambda g, u: functional.gelu(g) * u),
         "relu2": (ActivationType.Relu2, lambda g, u: torch.cat((g, u)).relu().square()),
+        "silu": (ActivationType.Silu, lambda g, u: functional.silu(torch.cat((g, u)))),
         "identity": (ActivationType.Identity, lambda g, u: torch.cat((g, u))),
     }
 
 
-@pytest.mark.parametrize("name", ["geglu", "relu2", "identity"])
+@pytest.mark.parametrize("name", ["geglu", "relu2", "silu", "identity"])
 def test_activations_match_their_formula(name: str):
     activation, formula = _activation_cases()[name]
     case = _case(4, 8, 2)
@@ -369,6 +407,13 @@ def test_swiglu_parameters_and_biases_are_per_expert():
         ({"gemm1_bias": torch.zeros(8, 12)}, "gemm1_bias has shape"),
         ({"output": torch.zeros(4, 17)}, "output has shape"),
         ({"output": torch.zeros(4, 16, dtype=torch.bfloat16)}, "output is torch.bfloat16"),
+        ({"use_routing_scales_on_input": True}, "use_routing_scales_on_input with top_k=2"),
+        ({"gemm1_alpha": torch.ones(8), "activation_type": 4}, "gemm1_alpha is given but activation Geglu has no such"),
+        ({"gemm1_bias": torch.zeros(8, 24, dtype=torch.int32)}, "gemm1_bias is torch.int32"),
+        ({"gemm1_weights": torch.zeros(8, 16, 24).mT}, "gemm1_weights has strides"),
+        ({"gemm2_weights": torch.zeros(8, 16, 12, dtype=torch.float64)}, "gemm2_weights is torch.float64"),
+        ({"workspace": torch.zeros(4, dtype=torch.int32)}, "workspace is torch.int32 of shape"),
+        ({"backend": "triton"}, "backend='triton' on cpu"),
         ({"backend": "cuda"}, "backend='cuda'; accepted are 'auto', 'reference'"),
     ],
 )  # fmt: skip

@@ -28,7 +28,8 @@ def rounded(x, DTYPE: tl.constexpr):
     """Round float32 to `DTYPE`, to nearest even."""
     if _IS_INTERPRETED and tl.bfloat16 == DTYPE:  # it cuts the bits off
         bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 
