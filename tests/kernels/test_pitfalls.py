@@ -22,6 +22,7 @@ from routing_replay.kernels import (
     RoutingMethod,
     RoutingMethodType,
     bf16_moe,
+    bf16_routed_moe,
     fused_topk_deepseek,
     route,
 )
@@ -301,6 +302,51 @@ def test_every_entry_point_records_with_every_method_and_changes_no_bit(method: 
     assert isinstance(again, Tensor)
     changed = ((again - without).abs() > 1e-5).any(dim=1)
     assert changed.tolist() == [False, False, True, False, False]
+
+
+def _routed_moe(topk_ids: object, buffer: Tensor | None = None) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    rows = len(topk_ids[0]) if isinstance(topk_ids, tuple) else len(topk_ids)  # pyright: ignore[reportArgumentType]
+    return bf16_routed_moe(
+        topk_ids, torch.randn(rows, 16, generator=generator), torch.randn(24, 16, 16, generator=generator) / 4,
+        torch.randn(24, 16, 8, generator=generator) / 4, 24, 3, None, None, 8, 0, 24, routing_replay_out=buffer,
+    )  # fmt: skip  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_given_routing_is_recorded_and_changes_no_bit(is_packed: bool):
+    ids = torch.stack([torch.randperm(24)[:3] for _ in range(5)]).int()
+    weights = torch.rand(5, 3).bfloat16().float()
+    given: object = (ids, weights)
+    if is_packed:
+        given = (ids << 16) | (weights.bfloat16().view(torch.int16).int() & 0xFFFF)
+    without = _routed_moe(given)
+    buffer, memory = _guarded(7, 3)
+    assert torch.equal(_routed_moe(given, buffer), without)
+    assert buffer[:5].tolist() == ids.tolist()
+    assert (memory[:7] == -7).all()
+    assert (memory[12:] == -7).all()
+    # The twin: another expert in one row changes that row alone.
+    changed = ids.clone()
+    changed[3, 1] = next(e for e in range(24) if e not in ids[3].tolist())
+    differs = ((_routed_moe((changed, weights)) - without).abs() > 1e-5).any(dim=1)
+    assert differs.tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_given_ids_of_padding_and_repeated_ones_add_nothing():
+    ids = torch.tensor([[4, -1, 9], [-1, -1, -1], [9, 4, 4], [7, 24, 2]], dtype=torch.int32)
+    weights = torch.rand(4, 3) + 0.1
+    buffer = torch.full((6, 3), -7, dtype=torch.int16)
+    out = _routed_moe((ids, weights), buffer)
+    assert buffer[:4].tolist() == ids.tolist()
+    assert (buffer[4:] == -7).all()
+    assert (out[1] == 0).all()
+    # What does not count weighs nothing: the same with weight 0 on experts that do count.
+    clean = torch.tensor([[4, 0, 9], [0, 1, 2], [9, 4, 0], [7, 0, 2]], dtype=torch.int32)
+    counts = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 0], [1, 0, 1]])
+    torch.testing.assert_close(out, _routed_moe((clean, weights * counts)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Kind.SigmoidRenorm, Kind.MiniMax2, Kind.DeepSeekV3])
