@@ -8,15 +8,28 @@ from pathlib import Path
 
 import pytest
 
+from routing_replay import kernels
+
+ROOT = Path(kernels.__file__).parent
+EARLY = [
+    ".".join(("routing_replay", "kernels", *path.relative_to(ROOT).with_suffix("").parts))
+    for path in sorted(ROOT.rglob("_*.py"))
+    if re.search(r"\bPDL: tl\.constexpr", path.read_text())
+    and "def compile_cases" in path.read_text()
+]
+
 _COMPILE = """
 import importlib, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton
 
-name, _, variant = sys.argv[1].partition(":")
-for case, kernel, signature, constexprs in importlib.import_module(name).compile_cases():
-    if "PDL" in constexprs and (not variant or case == variant):
+seen = set()
+for case, kernel, signature, constexprs in importlib.import_module(sys.argv[1]).compile_cases():
+    # One case of each kernel without replay, and one with ids to force.
+    kind = (kernel.__name__, constexprs.get("HAS_REPLAY_IN"))
+    if "PDL" in constexprs and kind not in seen:
+        seen.add(kind)
         constexprs = {**constexprs, "PDL": True}
         types = {**signature, **dict.fromkeys(constexprs, "constexpr")}
         source = ASTSource(fn=kernel, signature={a: types[a] for a in kernel.arg_names}, constexprs=constexprs)
@@ -47,12 +60,7 @@ def test_the_check_sees_bad_examples():
 
 
 @pytest.mark.parametrize(
-    "module",
-    [
-        "routing_replay.kernels.routing._triton:RenormalizeNaive",
-        "routing_replay.kernels.routing._triton:grouped_forced",
-        "routing_replay.kernels.permutation._triton",
-    ],
+    "module", EARLY, ids=lambda name: name.removeprefix("routing_replay.kernels.")
 )
 def test_nothing_is_touched_before_the_wait(module: str, tmp_path: Path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
@@ -61,7 +69,11 @@ def test_nothing_is_touched_before_the_wait(module: str, tmp_path: Path):
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    kernels = done.stdout.split("// kernel ")[1:]
-    assert kernels
-    for kernel in kernels:
-        assert early_accesses(kernel) == [], kernel.splitlines()[0]
+    compiled = done.stdout.split("// kernel ")[1:]
+    assert compiled
+    for code in compiled:
+        assert early_accesses(code) == [], code.splitlines()[0]
+
+
+def test_kernels_that_start_early_are_known():
+    assert {name.split(".")[2] for name in EARLY} >= {"routing", "permutation"}
