@@ -17,15 +17,18 @@ from routing_replay.kernels.permutation.workspace import (
     HEADER_WORDS,
     MASK_WORDS,
     MAX_FUSED_TOKENS,
+    table_words,
     workspace_bins,
 )
 from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
 from routing_replay.kernels.routing._triton import (
     ONE_WARP_EXPERTS,
     launch_route,
+    pick_experts,
     route_constexprs,
-    route_rows,
+    store_row,
     wait_for_earlier_kernel,
+    with_shared,
 )
 
 __all__ = ["compile_cases", "launch_route_and_plan"]
@@ -33,8 +36,7 @@ __all__ = ["compile_cases", "launch_route_and_plan"]
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _HEADER = tl.constexpr(HEADER_WORDS)
 _WORDS = tl.constexpr(MASK_WORDS)
-# The lowest bits of the first word count programs; the bit above flips when all have come.
-_ROUND = tl.constexpr(1 << 16)
+_WARP = 32
 _CLEARED = tl.constexpr(128)
 _CTA_BLOCK = tl.constexpr(4)
 
@@ -49,47 +51,43 @@ def _bits_in(words):
 
 
 @triton.jit
-def _load_acquire(ptr):
-    """Every thread loads a word, and sees from then on all that came before the word's last release."""
-    return tl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@triton.jit
-def _first_of_their_kind(expert, is_pair, COLUMNS: tl.constexpr):
-    """Pairs `[COLUMNS]` whose expert no earlier column has."""
-    column = tl.arange(0, COLUMNS)
-    is_earlier = (column[None, :] < column[:, None]) & is_pair[None, :]
-    same = (expert[:, None] == expert[None, :]) & is_earlier
-    return is_pair & (tl.max(same.to(tl.int32), axis=1) == 0)
+def _first_of_their_kind(expert, is_pair, NUM_COLUMNS: tl.constexpr):
+    """Pairs whose expert no earlier column has."""
+    column = tl.arange(0, expert.shape[0])
+    for earlier in tl.static_range(NUM_COLUMNS - 1):
+        other = tl.sum(tl.where(column == earlier, expert, 0), axis=0)
+        is_pair = is_pair & ~((column > earlier) & (expert == other))
+    return is_pair
 
 
 @triton.jit
 def _finish_pairs(
     expanded_ptr, tokens_ptr, batch_ptr, limit_ptr, num_ctas_ptr, total_ptr, token, pair, is_pair, is_here, local,
-    first_tile, count, rank, total_tiles, TILE: tl.constexpr, TILE_POW2: tl.constexpr, CLUSTERS: tl.constexpr,
+    first_tile, count, rank, total_tiles, PAIRS_POW2: tl.constexpr, TILE: tl.constexpr, TILE_POW2: tl.constexpr,
+    CLUSTERS: tl.constexpr,
 ):  # fmt: skip
     """Store the rows of a token's pairs; the first pair of an expert also has its padding and its CTAs."""
-    start = first_tile * TILE
-    row = start + rank
+    row = first_tile * TILE + rank
     tl.store(expanded_ptr + pair, tl.where(is_here, row, -1), mask=is_pair)
     tl.store(tokens_ptr + row, tl.zeros_like(row) + token, mask=is_here)
-    is_first = is_here & (rank == 0)
-    tiles = tl.where(is_first, (count + TILE - 1) // TILE, 0)
-    end = start + count
-    padding = end[:, None] + tl.arange(0, TILE_POW2)[None, :]
-    is_padding = padding < (start + tiles * TILE)[:, None]
+    tiles = tl.where(is_here & (rank == 0), (count + TILE - 1) // TILE, 0)
+    most_ctas = tl.max(tiles, axis=0) * CLUSTERS
+    # As few rows as there are pairs: a warp's width was there for its reductions.
+    few = tl.arange(0, PAIRS_POW2)
+    tiles = tl.gather(tiles, few, 0)[:, None]
+    first_tile = tl.gather(first_tile, few, 0)[:, None]
+    end = first_tile * TILE + tl.gather(count, few, 0)[:, None]
+    local = tl.gather(local, few, 0)[:, None]
+    padding = end + tl.arange(0, TILE_POW2)[None, :]
+    is_padding = padding < (first_tile + tiles) * TILE
     tl.store(tokens_ptr + padding, tl.full(padding.shape, -1, tl.int32), mask=is_padding)
-    num_ctas = tiles * CLUSTERS
-    most = tl.max(num_ctas, axis=0)
     done = tl.full((), 0, tl.int32)
-    while done < most:
+    while done < most_ctas:
         step = (done + tl.arange(0, _CTA_BLOCK))[None, :]
-        cta = (first_tile * CLUSTERS)[:, None] + step
-        is_cta = step < num_ctas[:, None]
-        limit = tl.minimum((cta + 1) * (TILE // CLUSTERS), end[:, None])
-        tl.store(batch_ptr + cta, tl.broadcast_to(local[:, None], cta.shape), mask=is_cta)
+        cta = first_tile * CLUSTERS + step
+        is_cta = step < tiles * CLUSTERS
+        limit = tl.minimum((cta + 1) * (TILE // CLUSTERS), end)
+        tl.store(batch_ptr + cta, tl.broadcast_to(local, cta.shape), mask=is_cta)
         tl.store(limit_ptr + cta, limit, mask=is_cta)
         done += _CTA_BLOCK
     if token == 0:
@@ -98,42 +96,74 @@ def _finish_pairs(
 
 
 @triton.jit
-def _alone(local, is_here):
+def _alone(local, is_here, NUM_COLUMNS: tl.constexpr):
     """Places of the pairs of the only token: every expert has one row, its tile after those of the smaller ids."""
-    is_smaller = is_here[None, :] & (local[None, :] < local[:, None])
-    first_tile = tl.sum(is_smaller.to(tl.int32), axis=1)
-    return first_tile, tl.full(local.shape, 1, tl.int32), tl.zeros_like(local), tl.sum(is_here.to(tl.int32))  # fmt: skip
+    column = tl.arange(0, local.shape[0])
+    here = tl.where(is_here, local, 0x7FFFFFFF)
+    first_tile = tl.zeros_like(local)
+    for other in tl.static_range(NUM_COLUMNS):
+        first_tile += (tl.sum(tl.where(column == other, here, 0), axis=0) < local).to(tl.int32)
+    total_tiles = tl.sum(is_here.to(tl.int32), axis=0)
+    return first_tile, tl.full(local.shape, 1, tl.int32), tl.zeros_like(local), total_tiles
 
 
 @triton.jit
-def _mark(table_ptr, local, is_here, token, BINS: tl.constexpr):
+def _mark(table_ptr, local, is_here, is_pair, token, BINS: tl.constexpr, CAN_MISS: tl.constexpr):
     """Tell the others of a token's pairs: its bit in each of its experts' masks, and one more in their counts."""
     one = tl.full(local.shape, 1, tl.int32)
     tl.atomic_or(table_ptr + local * _WORDS + token // 32, one << (token % 32), mask=is_here, sem="relaxed")  # fmt: skip
     tl.atomic_add(table_ptr + BINS * _WORDS + local, one, mask=is_here, sem="relaxed")
+    if CAN_MISS:
+        missing = tl.sum((is_pair & ~is_here).to(tl.int32), axis=0)
+        tl.atomic_add(table_ptr + BINS * (_WORDS + 1), missing, mask=missing > 0, sem="relaxed")
 
 
 @triton.jit
-def _wait(state_ptr, before, now):
-    """Return once all programs have come; what each stored before it came, all see after."""
-    while ((now ^ before) & _ROUND) == 0:
-        now = _load_acquire(state_ptr)
+def _look_up(
+    table_ptr, local, is_here, token, num_pairs, BINS: tl.constexpr, TILE: tl.constexpr, CAN_MISS: tl.constexpr
+):  # fmt: skip
+    """Places of a token's pairs: first tile and count of the expert, the rank inside it, the tiles of all experts.
 
-
-@triton.jit
-def _look_up(table_ptr, local, is_here, token, BINS: tl.constexpr, TILE: tl.constexpr):
-    """Places of a token's pairs: first tile and count of the expert, the rank inside it, and the tiles of all experts."""
-    counts = tl.load(table_ptr + BINS * _WORDS + tl.arange(0, BINS))
-    word = tl.arange(0, _WORDS)[None, :]
-    is_below = is_here[:, None] & (word <= token // 32)
-    mask = tl.load(table_ptr + local[:, None] * _WORDS + word, mask=is_below, other=0)
-    earlier = (tl.full((1, _WORDS), 1, tl.int32) << (token % 32)) - 1
-    rank = tl.sum(_bits_in(tl.where(word == token // 32, mask & earlier, mask)), axis=1)
-    tiles = (counts + TILE - 1) // TILE
-    first_tiles = tl.cumsum(tiles, axis=0) - tiles
-    # Both numbers of an expert at once: a count has at most 9 bits.
-    found = tl.gather(first_tiles * 65536 + counts, tl.where(is_here, local, 0), 0)
-    return found // 65536, found % 65536, rank, tl.sum(tiles)
+    The table itself tells when all tokens are in it, so that no memory need be ordered: counts add up to all pairs, and an
+    expert has as many bits as its count. What decides is loaded once, not by every thread for itself, and reduced over the
+    warp: its threads agree when to go on.
+    """
+    tl.static_assert(local.shape[0] >= 32)
+    bins = tl.arange(0, BINS)
+    safe = tl.where(is_here, local, 0)
+    bit = tl.full(local.shape, 1, tl.int32) << (token % 32)
+    first_tile = tl.zeros_like(local)
+    count = tl.zeros_like(local)
+    rank = tl.zeros_like(local)
+    total_tiles = tl.full((), 0, tl.int32)
+    is_pending = tl.full((), 1, tl.int32)
+    while is_pending != 0:
+        counts = tl.load(table_ptr + BINS * _WORDS + bins, volatile=True)
+        seen = tl.zeros_like(local)
+        rank = tl.zeros_like(local)
+        for word in tl.static_range(_WORDS):
+            mask = tl.load(table_ptr + safe * _WORDS + word, mask=is_here, other=0, volatile=True)
+            bits = _bits_in(mask)
+            seen += bits
+            below = tl.where(word < token // 32, bits, 0)
+            rank += tl.where(word == token // 32, _bits_in(mask & (bit - 1)), below)
+        num_seen = tl.sum(counts, axis=0)
+        if CAN_MISS:
+            lane = tl.arange(0, 32)
+            missing = tl.load(
+                table_ptr + BINS * (_WORDS + 1) + lane, mask=lane == 0, other=0, volatile=True
+            )
+            num_seen += tl.sum(missing, axis=0)
+        tiles = (counts + TILE - 1) // TILE
+        tile_ends = tl.cumsum(tiles, axis=0)
+        total_tiles = tl.sum(tiles, axis=0)
+        # Both numbers of an expert at once: a count has at most 9 bits.
+        found = tl.gather((tile_ends - tiles) * 65536 + counts, safe, 0)
+        first_tile = found // 65536
+        count = found % 65536
+        is_partial = (is_here & (seen != count)) | (num_seen != num_pairs)
+        is_pending = tl.max(is_partial.to(tl.int32), axis=0)
+    return first_tile, count, rank, total_tiles
 
 
 @triton.jit
@@ -146,7 +176,7 @@ def _clear(table_ptr, token, num_tokens, TABLE: tl.constexpr):
         first += num_tokens * _CLEARED
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "offset"])
 def _route_and_plan_kernel(
     logits_ptr, bias_ptr, replay_in_ptr, weights_ptr, ids_ptr, replay_out_ptr,
     expanded_ptr, tokens_ptr, batch_ptr, limit_ptr, num_ctas_ptr, total_ptr, workspace_ptr,
@@ -154,57 +184,59 @@ def _route_and_plan_kernel(
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_SHARED: tl.constexpr, COLUMNS_POW2: tl.constexpr,
     GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, GROUP_SIZE_POW2: tl.constexpr, TOP_GROUPS: tl.constexpr,
     SCORE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_REPLAY_IN: tl.constexpr, HAS_REPLAY_OUT: tl.constexpr, BLOCK_T: tl.constexpr,
-    NUM_LOCAL: tl.constexpr, BINS: tl.constexpr, TILE: tl.constexpr, TILE_POW2: tl.constexpr, CLUSTERS: tl.constexpr,
-    ONE_TOKEN: tl.constexpr, STAGE: tl.constexpr, PDL: tl.constexpr,
+    HAS_REPLAY_IN: tl.constexpr, HAS_REPLAY_OUT: tl.constexpr,
+    PAIRS_POW2: tl.constexpr, NUM_LOCAL: tl.constexpr, BINS: tl.constexpr, TABLE: tl.constexpr, TILE: tl.constexpr,
+    TILE_POW2: tl.constexpr, CLUSTERS: tl.constexpr, ONE_TOKEN: tl.constexpr, STAGE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A program for each token: routes it, marks its experts in a table, waits for all, and takes its rows from the table.
+    """A program for each token: picks its experts, marks them in a table, weighs them, and takes its rows from the table.
 
-    The table of a call: per local expert a bit for every token, and a count. Calls use two in turn, and each clears the
-    other's. STAGE: 0 all; 1 up to the table and 2 from it, where programs cannot wait for each other.
+    The table of a call: per local expert a bit for every token, and a count; and how many pairs are not computed here.
+    Calls use two in turn, and each clears the other's. STAGE: 0 all; 1 up to the table and 2 from it, where programs cannot
+    wait for each other.
     """
     NUM_COLUMNS: tl.constexpr = TOP_K + NUM_SHARED
-    TABLE: tl.constexpr = BINS * (_WORDS + 1)
+    CAN_MISS: tl.constexpr = HAS_REPLAY_IN or NUM_LOCAL < NUM_EXPERTS + NUM_SHARED
     token = tl.program_id(0)
     column = tl.arange(0, COLUMNS_POW2)
     is_pair = column < NUM_COLUMNS
-    pair = token * NUM_COLUMNS + column
     wait_for_earlier_kernel(PDL)
     turn = 0
     if not ONE_TOKEN:
-        turn = (tl.load(workspace_ptr, volatile=True) // _ROUND + STAGE // 2) & 1
-    if STAGE == 2:
-        expert = tl.load(ids_ptr + pair, mask=is_pair, other=-1)
-    else:
-        picked = route_rows(
-            logits_ptr, bias_ptr, replay_in_ptr, weights_ptr, ids_ptr, replay_out_ptr, num_tokens, logits_stride, scale,
-            NUM_EXPERTS, TOP_K, NUM_SHARED, COLUMNS_POW2, GROUPS, GROUPS_POW2, GROUP_SIZE_POW2, TOP_GROUPS,
-            SCORE, WEIGHT, BIAS, NORMALIZE, HAS_REPLAY_IN, HAS_REPLAY_OUT, BLOCK_T,
-        )  # fmt: skip
-        expert = tl.reshape(picked, (COLUMNS_POW2,))
+        turn = tl.load(workspace_ptr)
+    table_ptr = workspace_ptr + _HEADER + turn * TABLE
+    picked, usable, top, total = pick_experts(
+        logits_ptr, bias_ptr, replay_in_ptr, token, logits_stride, NUM_EXPERTS, TOP_K, COLUMNS_POW2, GROUPS, GROUPS_POW2,
+        GROUP_SIZE_POW2, TOP_GROUPS, SCORE, BIAS, HAS_REPLAY_IN,
+    )  # fmt: skip
+    expert = with_shared(picked, NUM_EXPERTS, TOP_K)
     local = expert - offset
-    is_here = is_pair & (local >= 0) & (local < NUM_LOCAL) & (expert < NUM_EXPERTS + NUM_SHARED)
-    if HAS_REPLAY_IN:
-        is_here = is_here & _first_of_their_kind(expert, is_pair, COLUMNS_POW2)
-    first_tile, count, rank, total_tiles = _alone(local, is_here)
-    if not ONE_TOKEN:
-        table_ptr = workspace_ptr + _HEADER + turn * TABLE
-        if STAGE != 2:
-            _mark(table_ptr, local, is_here, token, BINS)
-            step = tl.where(token == 0, _ROUND + 1 - num_tokens, 1)
-            # The threads of a program first wait for each other: one of them speaks for all.
-            tl.debug_barrier()
-            before = tl.atomic_add(workspace_ptr, step, sem="acq_rel", scope="gpu")
-            if STAGE == 0:
-                _wait(workspace_ptr, before, before + step)
-        if STAGE != 1:
-            first_tile, count, rank, total_tiles = _look_up(table_ptr, local, is_here, token, BINS, TILE)  # fmt: skip
-            # Nobody reads the table of the next call now.
-            _clear(workspace_ptr + _HEADER + (1 - turn) * TABLE, token, num_tokens, TABLE)
+    is_here = is_pair & (local >= 0) & (local < NUM_LOCAL)
+    if HAS_REPLAY_IN and NUM_SHARED == 0:
+        is_here = is_here & usable
+    if HAS_REPLAY_IN and NUM_SHARED > 0:
+        # A forced id may be a shared expert's: no expert of the router's, but the plan's.
+        is_here = is_here & _first_of_their_kind(expert, is_pair, NUM_COLUMNS)
+    if not ONE_TOKEN and STAGE != 2:
+        # Before the weights: the others' programs see the marks while this one computes.
+        _mark(table_ptr, local, is_here, is_pair, token, BINS, CAN_MISS)
+    store_row(
+        logits_ptr, bias_ptr, weights_ptr, ids_ptr, replay_out_ptr, token, logits_stride, scale, picked, usable, top, total,
+        NUM_EXPERTS, TOP_K, NUM_SHARED, COLUMNS_POW2, SCORE, WEIGHT, BIAS, NORMALIZE, HAS_REPLAY_OUT,
+    )  # fmt: skip
+    if ONE_TOKEN:
+        first_tile, count, rank, total_tiles = _alone(local, is_here, NUM_COLUMNS)
+    if not ONE_TOKEN and STAGE != 1:
+        first_tile, count, rank, total_tiles = _look_up(
+            table_ptr, local, is_here, token, num_tokens * NUM_COLUMNS, BINS, TILE, CAN_MISS
+        )  # fmt: skip
+        # All have marked, so all have read whose turn it is, and nobody reads the next call's table.
+        if token == num_tokens - 1:
+            tl.store(workspace_ptr, 1 - turn)
+        _clear(workspace_ptr + _HEADER + (1 - turn) * TABLE, token, num_tokens, TABLE)
     if STAGE != 1:
         _finish_pairs(
-            expanded_ptr, tokens_ptr, batch_ptr, limit_ptr, num_ctas_ptr, total_ptr, token, pair, is_pair, is_here,
-            local, first_tile, count, rank, total_tiles, TILE, TILE_POW2, CLUSTERS,
+            expanded_ptr, tokens_ptr, batch_ptr, limit_ptr, num_ctas_ptr, total_ptr, token, token * NUM_COLUMNS + column,
+            is_pair, is_here, local, first_tile, count, rank, total_tiles, PAIRS_POW2, TILE, TILE_POW2, CLUSTERS,
         )  # fmt: skip
 
 
@@ -217,10 +249,15 @@ def _constexprs(
     has_out: bool,
     launch_pdl: bool,
 ) -> dict[str, Any]:
+    bins = workspace_bins(shape.num_local_experts)
+    routing = route_constexprs(method, has_bias=has_bias, has_in=has_in, has_out=has_out)
     return {
-        **route_constexprs(method, has_bias=has_bias, has_in=has_in, has_out=has_out),
+        **routing,
+        "COLUMNS_POW2": max(_WARP, routing["COLUMNS_POW2"]),
+        "PAIRS_POW2": triton.next_power_of_2(method.num_columns),
         "NUM_LOCAL": shape.num_local_experts,
-        "BINS": workspace_bins(shape.num_local_experts),
+        "BINS": bins,
+        "TABLE": table_words(bins),
         "TILE": shape.tile_tokens,
         "TILE_POW2": triton.next_power_of_2(shape.tile_tokens),
         "CLUSTERS": shape.cluster_size,

@@ -18,8 +18,12 @@ def workspace_bins(num_local_experts: int) -> int:
     return max(32, 1 << (num_local_experts - 1).bit_length())
 
 
+def table_words(bins: int) -> int:
+    return bins * (MASK_WORDS + 1) + HEADER_WORDS
+
+
 def _words(num_local_experts: int) -> int:
-    return HEADER_WORDS + 2 * workspace_bins(num_local_experts) * (MASK_WORDS + 1)
+    return HEADER_WORDS + 2 * table_words(workspace_bins(num_local_experts))
 
 
 def route_and_plan_workspace(num_local_experts: int, *, device: torch.device | str) -> Tensor:

@@ -18,6 +18,7 @@ __all__ = ["ONE_WARP_EXPERTS", "compile_cases", "launch_route", "route_constexpr
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _NAN_KEY = tl.constexpr(0x7FC00000)
 _NO_KEY = tl.constexpr(-0x80000000)
+_NO_ID = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
@@ -51,186 +52,204 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _divide(x, by):
-    """Divide rows `[R, C]` by `[R]`, rounding as torch does."""
-    return tl.div_rn(x, tl.broadcast_to(by[:, None], x.shape))
+def _best(keys, ids, CHUNKS: tl.constexpr):
+    """The largest key of all chunks `[N]` and the smallest id that has it."""
+    most = keys[0]
+    for chunk in tl.static_range(1, CHUNKS):
+        most = tl.maximum(most, keys[chunk])
+    best = tl.max(most, axis=0)
+    least = tl.where(keys[0] == best, ids[0], _NO_ID)
+    for chunk in tl.static_range(1, CHUNKS):
+        least = tl.minimum(least, tl.where(keys[chunk] == best, ids[chunk], _NO_ID))
+    return best, tl.min(least, axis=0)
 
 
 @triton.jit
-def _best(keys, ids, AXIS: tl.constexpr):
-    """The largest key along an axis and the smallest id that has it."""
-    best = tl.max(keys, axis=AXIS)
-    is_best = keys == tl.expand_dims(best, AXIS)
-    return best, tl.min(tl.where(is_best, ids, 0x7FFFFFFF), axis=AXIS)
+def _without(keys, ids, gone, CHUNKS: tl.constexpr):
+    """The keys of all chunks, one id's at the bottom."""
+    rest = ()
+    for chunk in tl.static_range(CHUNKS):
+        rest = rest + (tl.where(ids[chunk] == gone, _NO_KEY, keys[chunk]),)  # noqa: RUF005
+    return rest
 
 
 @triton.jit
-def _softmax_terms(logits, is_cell):
-    """Powers `[R, E]`, the logit that they are relative to `[R]`, and their sum `[R]`."""
-    # A row with a NaN is all NaN, as torch's softmax is; so is one of minus infinities.
-    has_nan = tl.max(_is_nan(logits).to(tl.int32), axis=1) > 0
-    top = tl.where(has_nan, float("nan"), tl.max(logits, axis=1))
-    powers = tl.where(is_cell, _exp(logits - top[:, None]), 0.0)
-    return powers, top, tl.sum(powers, axis=1)
+def _softmax(logits, is_expert):
+    """Probabilities `[E]`, the logit that their powers are relative to, and the sum of the powers."""
+    # The largest key is exact, and one integer reduction finds NaN as well. A row with a NaN is all NaN, as torch's
+    # softmax is; so is one of minus infinities.
+    top = _key_value(tl.max(_order_key(logits), axis=0))
+    powers = tl.where(is_expert, _exp(logits - top), 0.0)
+    total = tl.sum(powers, axis=0)
+    return tl.div_rn(powers, tl.zeros_like(powers) + total), top, total
 
 
 @triton.jit
-def _scores(logits, is_cell, SCORE: tl.constexpr):
-    """What a row selects on `[R, E]`; for softmax also what its powers are relative to, and their sum `[R]`."""
-    top = tl.zeros((logits.shape[0],), tl.float32)
-    total = tl.zeros((logits.shape[0],), tl.float32)
-    scores = logits
-    if SCORE == 1:
-        powers, top, total = _softmax_terms(logits, is_cell)
-        scores = _divide(powers, total)
-    if SCORE == 2:
-        scores = _sigmoid(logits)
-    return scores, top, total
-
-
-@triton.jit
-def _keep_best_groups(
-    keys, ids, ROWS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr,
-    GROUP_SIZE_POW2: tl.constexpr, TOP_GROUPS: tl.constexpr,
+def _best_groups(
+    keys, ids, NUM_EXPERTS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, TOP_GROUPS: tl.constexpr
 ):  # fmt: skip
-    """Make the experts outside the best groups lose to every expert inside, minus infinity among them."""
-    grouped = tl.reshape(keys, (ROWS, GROUPS_POW2, GROUP_SIZE_POW2))
-    grouped_ids = tl.reshape(ids, (ROWS, GROUPS_POW2, GROUP_SIZE_POW2))
-    first, first_id = _best(grouped, grouped_ids, 2)
-    without = tl.where(grouped_ids == tl.expand_dims(first_id, 2), _NO_KEY, grouped)
-    second = tl.max(without, axis=2)
-    group = tl.broadcast_to(tl.arange(0, GROUPS_POW2)[None, :], (ROWS, GROUPS_POW2))
-    rest = _order_key(_key_value(first) + _key_value(second))
-    rest = tl.where(group < GROUPS, rest, _NO_KEY)
-    chosen = tl.zeros((ROWS, GROUPS_POW2), tl.int1)
-    for _ in tl.static_range(TOP_GROUPS):
-        _best_key, best_group = _best(rest, group, 1)
-        chosen = chosen | (group == best_group[:, None])
-        rest = tl.where(group == best_group[:, None], _NO_KEY, rest)
-    grouped = tl.where(tl.expand_dims(chosen, 2), grouped, _NO_KEY)
-    return tl.reshape(grouped, (ROWS, GROUPS_POW2 * GROUP_SIZE_POW2))
+    """The chunks of the best groups alone, so that every expert inside wins over every one outside."""
+    GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
+    group = tl.arange(0, GROUPS_POW2)
+    scores = tl.full((GROUPS_POW2,), _NO_KEY, tl.int32)
+    each = ()
+    for chunk in tl.static_range(GROUPS):
+        first, first_id = _best((keys[chunk],), (ids[chunk],), 1)
+        second = tl.max(tl.where(ids[chunk] == first_id, _NO_KEY, keys[chunk]), axis=0)
+        score = _order_key(_key_value(first) + _key_value(second))
+        scores = tl.where(group == chunk, score, scores)
+        each = each + (score,)  # noqa: RUF005
+    ranks = ()
+    for chunk in tl.static_range(GROUPS):
+        # Counted, not searched for: the groups' ranks do not wait for each other.
+        is_ahead = (scores > each[chunk]) | ((scores == each[chunk]) & (group < chunk))
+        ranks = ranks + (tl.sum(is_ahead.to(tl.int32), axis=0),)  # noqa: RUF005
+    kept = ()
+    kept_ids = ()
+    slot = tl.arange(0, keys[0].shape[0])
+    for rank in tl.static_range(TOP_GROUPS):
+        chosen = keys[0]
+        number = 0
+        for chunk in tl.static_range(1, GROUPS):
+            chosen = tl.where(ranks[chunk] == rank, keys[chunk], chosen)
+            number = tl.where(ranks[chunk] == rank, chunk, number)
+        kept = kept + (chosen,)  # noqa: RUF005
+        expert = tl.where(slot < GROUP_SIZE, number * GROUP_SIZE + slot, NUM_EXPERTS + slot)
+        kept_ids = kept_ids + (expert,)  # noqa: RUF005
+    return kept, kept_ids
 
 
 @triton.jit
-def _pick(keys, ids, column, TOP_K: tl.constexpr):
-    """The ids of the largest keys of each row, in rank order, in columns `[R, K]`."""
-    picked = tl.zeros(column.shape, tl.int32)
-    for rank in tl.static_range(TOP_K):
-        _best_key, best_id = _best(keys, ids, 1)
-        picked = tl.where(column == rank, best_id[:, None], picked)
-        keys = tl.where(ids == best_id[:, None], _NO_KEY, keys)
-    return picked
-
-
-@triton.jit
-def _force(picked, replay_in_ptr, row, column, is_out, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr):  # fmt: skip
+def _force(picked, replay_in_ptr, row, column, is_picked, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr):  # fmt: skip
     """Given ids in place of picked ones, and which of them count: in range, and the first of their kind."""
-    given_ptr = replay_in_ptr + row.to(tl.int64)[:, None] * TOP_K
-    given = tl.load(given_ptr + column, mask=is_out, other=-1).to(tl.int32)
-    first = tl.load(given_ptr + tl.zeros_like(column), mask=is_out, other=-1).to(tl.int32)
-    picked = tl.where(first == -1, picked, given)
-    usable = is_out & (picked >= 0) & (picked < NUM_EXPERTS)
+    given_ptr = replay_in_ptr + row * TOP_K
+    given = tl.load(given_ptr + column, mask=is_picked, other=-1).to(tl.int32)
+    picked = tl.where(tl.load(given_ptr) == -1, picked, given)
+    usable = is_picked & (picked >= 0) & (picked < NUM_EXPERTS)
     for earlier in tl.static_range(TOP_K - 1):
-        other = tl.sum(tl.where(column == earlier, picked, 0), axis=1)
-        usable = usable & ~((column > earlier) & (picked == other[:, None]))
+        other = tl.sum(tl.where(column == earlier, picked, 0), axis=0)
+        usable = usable & ~((column > earlier) & (picked == other))
     return picked, usable
+
+
+@triton.jit
+def pick_experts(
+    logits_ptr, bias_ptr, replay_in_ptr, row, logits_stride,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, COLUMNS_POW2: tl.constexpr,
+    GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, GROUP_SIZE_POW2: tl.constexpr, TOP_GROUPS: tl.constexpr,
+    SCORE: tl.constexpr, BIAS: tl.constexpr, HAS_REPLAY_IN: tl.constexpr,
+):  # fmt: skip
+    """Pick or take a row's ids `[COLUMNS_POW2]`, and tell which count; for softmax, also its largest logit and the sum.
+
+    SCORE: 0 logits, 1 softmax, 2 sigmoid. BIAS: 0 none, 1 on scores for selection, 2 on logits. Each group is a chunk.
+    """
+    GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
+    top = 0.0
+    total = 0.0
+    keys = ()
+    ids = ()
+    for group in tl.static_range(GROUPS):
+        slot = tl.arange(0, GROUP_SIZE_POW2)
+        expert = group * GROUP_SIZE + slot
+        is_expert = slot < GROUP_SIZE
+        logits = tl.load(
+            logits_ptr + row * logits_stride + expert, mask=is_expert, other=-float("inf")
+        )
+        scores = logits.to(tl.float32)
+        if BIAS != 0:
+            bias = tl.load(bias_ptr + expert, mask=is_expert, other=0.0).to(tl.float32)
+        if BIAS == 2:
+            scores += bias
+        if SCORE == 1:
+            scores, top, total = _softmax(scores, is_expert)  # of the only group
+        if SCORE == 2:
+            scores = _sigmoid(scores)
+        if BIAS == 1:
+            scores += bias
+        keys = keys + (tl.where(is_expert, _order_key(scores), _NO_KEY),)  # noqa: RUF005
+        # A slot that is no expert must lose every tie.
+        ids = ids + (tl.where(is_expert, expert, NUM_EXPERTS + slot),)  # noqa: RUF005
+    if GROUPS > 1:
+        keys, ids = _best_groups(keys, ids, NUM_EXPERTS, GROUPS, GROUPS_POW2, TOP_GROUPS)
+    column = tl.arange(0, COLUMNS_POW2)
+    picked = tl.zeros((COLUMNS_POW2,), tl.int32)
+    for rank in tl.static_range(TOP_K):
+        _best_key, best_id = _best(keys, ids, TOP_GROUPS)
+        picked = tl.where(column == rank, best_id, picked)
+        keys = _without(keys, ids, best_id, TOP_GROUPS)
+    usable = column < TOP_K
+    if HAS_REPLAY_IN:
+        picked, usable = _force(picked, replay_in_ptr, row, column, usable, NUM_EXPERTS, TOP_K)
+    return picked, usable, top, total
 
 
 @triton.jit
 def _weigh(
     picked_logits, usable, top, total, scale, SCORE: tl.constexpr, WEIGHT: tl.constexpr, NORMALIZE: tl.constexpr
 ):  # fmt: skip
-    """Combine weights `[R, K]` of the picked experts; 0 where an id does not count."""
+    """Combine weights `[COLUMNS_POW2]` of the picked experts; 0 where an id does not count.
+
+    WEIGHT: 0 the score, 1 softmax of the picked, 2 sigmoid of the picked. NORMALIZE: 0 no, 1 divide by the sum, 2 by the
+    sum + 1e-20, 3 as 2, in float64.
+    """
     weights = picked_logits
+    ones = tl.full(weights.shape, 1.0, tl.float32)
     if SCORE == 1:
-        weights = _divide(_exp(picked_logits - top[:, None]), total)
+        weights = tl.div_rn(_exp(picked_logits - top), ones * total)
     if (SCORE == 2) | (WEIGHT == 2):
         weights = _sigmoid(picked_logits)
     if WEIGHT == 1:
-        highest = tl.max(picked_logits, axis=1)
-        powers = tl.where(usable, _exp(picked_logits - highest[:, None]), 0.0)
-        weights = _divide(powers, tl.sum(powers, axis=1))
+        powers = tl.where(usable, _exp(picked_logits - tl.max(picked_logits, axis=0)), 0.0)
+        weights = tl.div_rn(powers, ones * tl.sum(powers, axis=0))
     weights = tl.where(usable, weights, 0.0)
-    sums = tl.sum(weights, axis=1)
+    total_weight = tl.sum(weights, axis=0)
     if NORMALIZE == 1:
         # A row without any id that counts has no weight to share out; dividing would make it NaN.
-        has_usable = tl.max(usable.to(tl.int32), axis=1) > 0
-        weights = _divide(weights, tl.where(has_usable, sums, 1.0))
+        has_usable = tl.max(usable.to(tl.int32), axis=0) > 0
+        weights = tl.div_rn(weights, ones * tl.where(has_usable, total_weight, 1.0))
     if NORMALIZE == 2:
-        weights = _divide(weights, sums + 1e-20)
+        weights = tl.div_rn(weights, ones * (total_weight + 1e-20))
     if NORMALIZE == 3:
-        exact = weights.to(tl.float64) * scale / (sums.to(tl.float64) + 1e-20)[:, None]
-        weights = exact.to(tl.float32)
-    else:
-        weights = weights * scale
-    return weights
+        exact = weights.to(tl.float64) * scale / (total_weight.to(tl.float64) + 1e-20)
+        return exact.to(tl.float32)
+    return weights * scale
 
 
 @triton.jit
-def route_rows(
-    logits_ptr, bias_ptr, replay_in_ptr, weights_ptr, ids_ptr, replay_out_ptr, num_tokens, logits_stride, scale,
+def store_row(
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, replay_out_ptr, row, logits_stride, scale, picked, usable, top, total,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_SHARED: tl.constexpr, COLUMNS_POW2: tl.constexpr,
-    GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, GROUP_SIZE_POW2: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    SCORE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_REPLAY_IN: tl.constexpr, HAS_REPLAY_OUT: tl.constexpr, BLOCK_T: tl.constexpr,
+    SCORE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, NORMALIZE: tl.constexpr, HAS_REPLAY_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Route this program's rows, store what is asked for, and return the ids `[BLOCK_T, COLUMNS_POW2]`.
-
-    SCORE: 0 logits, 1 softmax, 2 sigmoid. WEIGHT: 0 the score, 1 softmax of the picked, 2 sigmoid of the picked.
-    BIAS: 0 none, 1 on scores for selection, 2 on logits. NORMALIZE: 0 no, 1 divide by the sum, 2 by the sum + 1e-20, 3 as
-    2, in float64. Columns: K picked experts, then the fused shared ones, then padding.
-    """
-    GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
-    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    is_row = row < num_tokens
-    slot = tl.arange(0, GROUPS_POW2 * GROUP_SIZE_POW2)
-    in_group = slot % GROUP_SIZE_POW2
-    expert = (slot // GROUP_SIZE_POW2) * GROUP_SIZE + in_group
-    is_expert = (in_group < GROUP_SIZE) & (slot // GROUP_SIZE_POW2 < GROUPS)
-    is_cell = is_row[:, None] & is_expert[None, :]
-    row_ptr = logits_ptr + row.to(tl.int64) * logits_stride
-    logits = tl.load(row_ptr[:, None] + expert[None, :], mask=is_cell, other=-float("inf")).to(tl.float32)  # fmt: skip
-    bias = tl.zeros(slot.shape, tl.float32)
-    if BIAS != 0:
-        bias = tl.load(bias_ptr + expert, mask=is_expert, other=0.0).to(tl.float32)
-    if BIAS == 2:
-        logits += bias[None, :]
-    scores, top, total = _scores(logits, is_cell, SCORE)
-    if BIAS == 1:
-        scores += bias[None, :]
-    keys = tl.where(is_expert[None, :], _order_key(scores), _NO_KEY)
-    # A slot that is no expert must lose every tie.
-    ids = tl.broadcast_to(tl.where(is_expert, expert, NUM_EXPERTS + slot)[None, :], keys.shape)
-    if GROUPS > 1:
-        keys = _keep_best_groups(keys, ids, BLOCK_T, GROUPS, GROUPS_POW2, GROUP_SIZE_POW2, TOP_GROUPS)  # fmt: skip
-    column = tl.broadcast_to(tl.arange(0, COLUMNS_POW2)[None, :], (BLOCK_T, COLUMNS_POW2))
-    picked = _pick(keys, ids, column, TOP_K)
-    is_out = is_row[:, None] & (column < TOP_K)
-    usable = is_out
-    if HAS_REPLAY_IN:
-        picked, usable = _force(picked, replay_in_ptr, row, column, is_out, NUM_EXPERTS, TOP_K)
+    """Weigh what a row has picked, and store ids, weights and the replay row."""
+    column = tl.arange(0, COLUMNS_POW2)
     # The logits of the picked experts once more: they are in the cache now.
     safe = tl.where(usable, picked, 0)
-    picked_logits = tl.load(row_ptr[:, None] + safe, mask=usable, other=-float("inf")).to(tl.float32)  # fmt: skip
+    logits = tl.load(logits_ptr + row * logits_stride + safe, mask=usable, other=-float("inf")).to(
+        tl.float32
+    )
     if BIAS == 2:
-        picked_logits += tl.load(bias_ptr + safe, mask=usable, other=0.0).to(tl.float32)
-    weights = _weigh(picked_logits, usable, top, total, scale, SCORE, WEIGHT, NORMALIZE)
+        logits += tl.load(bias_ptr + safe, mask=usable, other=0.0).to(tl.float32)
+    weights = _weigh(logits, usable, top, total, scale, SCORE, WEIGHT, NORMALIZE)
     if HAS_REPLAY_OUT:
-        replay = row.to(tl.int64)[:, None] * TOP_K + column
-        tl.store(replay_out_ptr + replay, picked.to(tl.int16), mask=is_out)
+        tl.store(replay_out_ptr + row * TOP_K + column, picked.to(tl.int16), mask=column < TOP_K)
     # Every row goes to the fused shared experts with weight 1.
-    picked = tl.where(column < TOP_K, picked, NUM_EXPERTS - TOP_K + column)
     weights = tl.where(column < TOP_K, weights, 1.0)
-    out = row.to(tl.int64)[:, None] * (TOP_K + NUM_SHARED) + column
-    is_stored = is_row[:, None] & (column < TOP_K + NUM_SHARED)
-    tl.store(weights_ptr + out, weights, mask=is_stored)
-    tl.store(ids_ptr + out, picked, mask=is_stored)
-    return picked
+    out = row * (TOP_K + NUM_SHARED) + column
+    tl.store(weights_ptr + out, weights, mask=column < TOP_K + NUM_SHARED)
+    tl.store(ids_ptr + out, with_shared(picked, NUM_EXPERTS, TOP_K), mask=column < TOP_K + NUM_SHARED)  # fmt: skip
+
+
+@triton.jit
+def with_shared(picked, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
+    """The ids of a row, those of fused shared experts after those it picked."""
+    column = tl.arange(0, picked.shape[0])
+    return tl.where(column < TOP_K, picked, NUM_EXPERTS - TOP_K + column)
 
 
 @triton.jit
 def wait_for_earlier_kernel(PDL: tl.constexpr):
-    """Under programmatic dependent launch: let the next kernel start, and wait for the memory of the one before."""
+    """Under programmatic dependent launch: wait for the memory of the kernel before, and let the next one start."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         # The next kernel waits for all of this one before it reads; all it can do now is take its place.
@@ -239,23 +258,29 @@ def wait_for_earlier_kernel(PDL: tl.constexpr):
 
 @triton.jit
 def _route_kernel(
-    logits_ptr, bias_ptr, replay_in_ptr, weights_ptr, ids_ptr, replay_out_ptr, num_tokens, logits_stride, scale,
+    logits_ptr, bias_ptr, replay_in_ptr, weights_ptr, ids_ptr, replay_out_ptr, logits_stride, scale,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_SHARED: tl.constexpr, COLUMNS_POW2: tl.constexpr,
     GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, GROUP_SIZE_POW2: tl.constexpr, TOP_GROUPS: tl.constexpr,
     SCORE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
-    HAS_REPLAY_IN: tl.constexpr, HAS_REPLAY_OUT: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    HAS_REPLAY_IN: tl.constexpr, HAS_REPLAY_OUT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A program for each row."""
+    row = tl.program_id(0).to(tl.int64)
     wait_for_earlier_kernel(PDL)
-    route_rows(
-        logits_ptr, bias_ptr, replay_in_ptr, weights_ptr, ids_ptr, replay_out_ptr, num_tokens, logits_stride, scale,
-        NUM_EXPERTS, TOP_K, NUM_SHARED, COLUMNS_POW2, GROUPS, GROUPS_POW2, GROUP_SIZE_POW2, TOP_GROUPS,
-        SCORE, WEIGHT, BIAS, NORMALIZE, HAS_REPLAY_IN, HAS_REPLAY_OUT, BLOCK_T,
+    picked, usable, top, total = pick_experts(
+        logits_ptr, bias_ptr, replay_in_ptr, row, logits_stride, NUM_EXPERTS, TOP_K, COLUMNS_POW2, GROUPS, GROUPS_POW2,
+        GROUP_SIZE_POW2, TOP_GROUPS, SCORE, BIAS, HAS_REPLAY_IN,
+    )  # fmt: skip
+    store_row(
+        logits_ptr, bias_ptr, weights_ptr, ids_ptr, replay_out_ptr, row, logits_stride, scale, picked, usable, top, total,
+        NUM_EXPERTS, TOP_K, NUM_SHARED, COLUMNS_POW2, SCORE, WEIGHT, BIAS, NORMALIZE, HAS_REPLAY_OUT,
     )  # fmt: skip
 
 
 ONE_WARP_EXPERTS = 512
 """Up to as many experts a row is routed by one warp: more need synchronisation, which costs more than it saves."""
 
+_WARP = 32
 _SCORE = {
     RoutingMethodType.Default: 1,
     RoutingMethodType.RenormalizeNaive: 1,
@@ -282,7 +307,7 @@ def _normalization(method: RoutingMethod, *, in_float64: bool) -> int:
 def route_constexprs(
     method: RoutingMethod, *, has_bias: bool, has_in: bool, has_out: bool, in_float64: bool = False
 ) -> dict[str, Any]:
-    """Give the constexprs of `route_rows`.
+    """Give the constexprs of routing.
 
     Args:
         method: How logits become ids and weights.
@@ -299,10 +324,11 @@ def route_constexprs(
         "NUM_EXPERTS": method.num_experts,
         "TOP_K": method.top_k,
         "NUM_SHARED": method.num_fused_shared_experts,
-        "COLUMNS_POW2": triton.next_power_of_2(method.num_columns),
+        # A warp at least where columns are compared: it reduces integers in one instruction.
+        "COLUMNS_POW2": max(_WARP if has_in else 1, triton.next_power_of_2(method.num_columns)),
         "GROUPS": method.n_group,
-        "GROUPS_POW2": triton.next_power_of_2(method.n_group),
-        "GROUP_SIZE_POW2": triton.next_power_of_2(group_size),
+        "GROUPS_POW2": max(_WARP, triton.next_power_of_2(method.n_group)),
+        "GROUP_SIZE_POW2": max(_WARP, triton.next_power_of_2(group_size)),
         "TOP_GROUPS": method.topk_group,
         "SCORE": _SCORE.get(method.type, 0),
         "WEIGHT": _WEIGHT.get(method.type, 0),
@@ -310,7 +336,6 @@ def route_constexprs(
         "NORMALIZE": _normalization(method, in_float64=in_float64),
         "HAS_REPLAY_IN": has_in,
         "HAS_REPLAY_OUT": has_out,
-        "BLOCK_T": 1,
     }
 
 
@@ -353,7 +378,6 @@ def launch_route(
         topk_weights,
         topk_ids,
         routing_replay_out,
-        num_tokens,
         router_logits.stride(0),
         method.routed_scaling_factor,
         num_warps=1 if method.num_experts <= ONE_WARP_EXPERTS else 4,
@@ -382,7 +406,6 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
         "weights_ptr": "*fp32",
         "ids_ptr": "*i32",
         "replay_out_ptr": "*i16",
-        "num_tokens": "i32",
         "logits_stride": "i32",
         "scale": "fp32",
     }
