@@ -18,7 +18,7 @@ WRITE_CONSTRAINTS := import sys; from importlib.metadata import requires, versio
 	sys.stdout.writelines([*pins, "torch==" + version("torch") + "\n"])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-wheel test-verl test-skyrl test-vllm check format clean
+.PHONY: help demo test test-wheel test-verl test-skyrl test-vllm check docs format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,11 @@ check: $(VENV)/.dev-installed ## format, lint, types, import directions, archite
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/arch
+
+docs: $(VENV)/.dev-installed ## write the documents that are generated from docstrings and results
+	$(BIN)/python scripts/update_tables.py
+	$(BIN)/python scripts/write_kernel_docs.py
+	$(BIN)/python scripts/write_performance_docs.py
 
 format: $(VENV)/.dev-installed ## format the code and fix what the linter can
 	$(BIN)/ruff format .
