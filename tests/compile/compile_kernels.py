@@ -11,24 +11,49 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 import routing_replay
 
 ARCHITECTURES = (80, 90, 100)
 
 
-def kernel_modules() -> list[str]:
+def kernel_modules(pattern: str) -> list[str]:
     root = Path(routing_replay.__file__).parent
-    paths = sorted((root / "kernels").rglob("_triton*.py"))
+    paths = sorted((root / "kernels").rglob(pattern))
     return [
         ".".join(("routing_replay", *path.relative_to(root).with_suffix("").parts))
         for path in paths
     ]
 
 
+def compile_for_hopper(module_name: str) -> dict[str, int]:
+    """Gluon names the instructions of one GPU."""
+    compiled: dict[str, int] = {}
+    for name, kernel, signature, constexprs, warps in importlib.import_module(
+        module_name
+    ).compile_cases():
+        types = {**signature, **dict.fromkeys(constexprs, "constexpr")}
+        ordered = {argument: types[argument] for argument in kernel.arg_names}
+        aligned = {
+            (index,): [["tt.divisibility", 16]]
+            for index, (argument, kind) in enumerate(ordered.items())
+            if kind.startswith("*") or argument.endswith("_stride")
+        }
+        binary = triton.compile(
+            GluonASTSource(kernel, ordered, constexprs, aligned),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": warps},
+        )
+        compiled[f"{module_name}:{name}:sm_90"] = len(binary.asm["cubin"])
+    return compiled
+
+
 def main() -> None:
     compiled: dict[str, int] = {}
-    for module_name in kernel_modules():
+    for module_name in kernel_modules("_hopper*.py"):
+        compiled.update(compile_for_hopper(module_name))
+    for module_name in kernel_modules("_triton*.py"):
         cases = importlib.import_module(module_name).compile_cases()
         if not cases:
             sys.exit(

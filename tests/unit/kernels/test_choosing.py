@@ -96,7 +96,7 @@ def test_choose_config_gives_what_can_run(
     capability: tuple[int, int], sizes: tuple[int, int], is_gated: bool, element_bytes: int
 ):
     can_be_hopper = (
-        capability == HOPPER and element_bytes == 2 and sizes[0] % 64 == sizes[1] % 64 == 0
+        capability == HOPPER and element_bytes == 2 and sizes[0] % 8 == sizes[1] % 8 == 0
     )
     for num_tokens in (0, 1, 17, 256, 512, 4096):
         shape = ExpertsShape(
@@ -113,7 +113,8 @@ def test_choose_config_gives_what_can_run(
         for tile in (config.gemm1, config.gemm2):
             needed = shared_memory_bytes(config.tile_tokens, tile, element_bytes, capability)
             assert needed <= shared_memory_limit(capability) <= 227 * 1024
-        assert config.engine == ("hopper" if can_be_hopper else "portable")
+        by_tile = "hopper" if can_be_hopper else "portable"
+        assert config.engine == ("vector" if num_tokens <= 1 else by_tile)
         assert config == choose_config(shape, capability=capability, tables=NO_TABLES)
 
 
@@ -122,6 +123,22 @@ def test_rule_grows_with_the_load():
     prefill = choose_config(QWEN.with_tokens(4096), capability=AMPERE, tables=NO_TABLES)
     assert decode.gemm1 == GemmTile(rows=64, depth=128, stages=4, warps=4)
     assert prefill.gemm1 == GemmTile(rows=128, depth=64, stages=3, warps=8)
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+def test_few_tokens_go_without_a_plan_only_where_they_are_summed(capability: tuple[int, int]):
+    few, eight = QWEN.with_tokens(4), QWEN.with_tokens(8)
+    assert choose_config(few, capability=capability, tables=NO_TABLES).engine == "vector"
+    apart = replace(few, is_summed=False)
+    assert choose_config(apart, capability=capability, tables=NO_TABLES).engine != "vector"
+    assert choose_config(eight, capability=capability, tables=NO_TABLES).engine != "vector"
+    with pytest.raises(ConfigError, match="engine='vector' without the sum"):
+        choose_config(apart, capability=capability, choice=ExpertsChoice(engine="vector"))
+    # Of eight experts, three tokens touch hardly fewer than they name pairs.
+    crowded = replace(QWEN, num_experts=8, num_local_experts=8, top_k=2)
+    for tokens, engine in ((1, "vector"), (2, None)):
+        chosen = choose_config(crowded.with_tokens(tokens), capability=capability, tables=NO_TABLES)
+        assert (chosen.engine == "vector") == (engine == "vector")
 
 
 def test_choose_config_touches_no_device():
@@ -229,11 +246,11 @@ def test_named_tile_of_tokens_takes_the_nearest_entry():
 
 
 def test_named_gemm_tile_that_one_engine_refuses_takes_the_other():
-    deep = GemmTile(rows=64, depth=128, stages=4, warps=4)
+    shallow = GemmTile(rows=64, depth=32, stages=4, warps=4)
     shape = QWEN.with_tokens(8)
-    choice = ExpertsChoice(gemm2=deep)
+    choice = ExpertsChoice(gemm2=shallow)
     config = choose_config(shape, capability=HOPPER, choice=choice, tables=NO_TABLES)
-    assert (config.engine, config.gemm2) == ("portable", deep)
+    assert (config.engine, config.gemm2) == ("portable", shallow)
 
 
 def test_named_gemm_tile_that_fills_shared_memory_takes_fewer_tokens():
@@ -253,11 +270,20 @@ def test_named_gemm_tile_that_fills_shared_memory_takes_fewer_tokens():
         (ExpertsChoice(tile_tokens=8), HOPPER, ("tile_tokens=8", "16")),
         (ExpertsChoice(tile_tokens=48), AMPERE, ("tile_tokens=48", "powers of two in [16, 256]")),
         (ExpertsChoice(tile_tokens=512), AMPERE, ("tile_tokens=512", "[16, 256]")),
-        (ExpertsChoice(tile_tokens=256, engine="hopper"), HOPPER, ("tile_tokens=256", "16, 32, 64, 128")),
-        (ExpertsChoice(engine="hopper", gemm1=GemmTile(rows=64, depth=128, stages=4, warps=4)), HOPPER,
-         ("gemm1.depth=128", "accepted are 64")),
-        (ExpertsChoice(engine="hopper", gemm2=GemmTile(rows=64, depth=64, stages=4, warps=8)), HOPPER,
-         ("gemm2.warps=8", "accepted are 4")),
+        (ExpertsChoice(tile_tokens=512, engine="hopper"), HOPPER, ("tile_tokens=512", "16, 32, 64, 128, 256")),
+        (ExpertsChoice(tile_tokens=16, engine="vector"), HOPPER, ("tile_tokens=16", "accepted is 1")),
+        (ExpertsChoice(engine="vector", gemm2=GemmTile(rows=3, depth=64, stages=4, warps=4)), AMPERE,
+         ("gemm2.rows=3", "powers of two in [1, 64]")),
+        (ExpertsChoice(engine="vector", gemm1=GemmTile(rows=1, depth=64, stages=4, warps=4)), AMPERE,
+         ("gemm1.rows=1", "[2, 64]")),
+        (ExpertsChoice(engine="hopper", gemm1=GemmTile(rows=64, depth=64, stages=4, warps=8)), HOPPER,
+         ("gemm1.rows=64", "8 warps", "16 or more")),
+        (ExpertsChoice(engine="hopper", tile_tokens=256, gemm1=GemmTile(rows=256, depth=64, stages=2, warps=8)), HOPPER,
+         ("gemm1.rows=256", "256 sums", "128")),
+        (ExpertsChoice(engine="hopper", gemm1=GemmTile(rows=64, depth=32, stages=4, warps=4)), HOPPER,
+         ("gemm1.depth=32", "accepted are 64, 128")),
+        (ExpertsChoice(engine="hopper", gemm2=GemmTile(rows=64, depth=64, stages=4, warps=2)), HOPPER,
+         ("gemm2.warps=2", "accepted are 4, 8")),
         (ExpertsChoice(engine="hopper", gemm2=GemmTile(rows=96, depth=64, stages=4, warps=4)), HOPPER,
          ("gemm2.rows=96", "64, 128")),
         (ExpertsChoice(gemm1=GemmTile(rows=16, depth=64, stages=4, warps=4)), AMPERE, ("gemm1.rows=16", "[32, 256]")),
@@ -296,9 +322,9 @@ def test_shared_memory_is_what_the_compiler_takes():
         assert needed <= shared_memory_bytes(tokens, tile, 2, HOPPER) <= needed + RESERVED_BYTES
 
 
-def test_hopper_is_refused_for_sizes_that_its_depth_does_not_divide():
-    layer = replace(QWEN, intermediate_size=96)
-    with pytest.raises(ConfigError, match=r"intermediate_size=96; accepted are multiples of 64"):
+def test_hopper_is_refused_for_rows_that_no_tensor_map_takes():
+    layer = replace(QWEN, intermediate_size=92)
+    with pytest.raises(ConfigError, match=r"intermediate_size=92; accepted are multiples of 8"):
         choose_config(
             layer.with_tokens(1), capability=HOPPER, choice=ExpertsChoice(engine="hopper")
         )

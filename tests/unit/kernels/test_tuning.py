@@ -10,6 +10,7 @@ from routing_replay.errors import ConfigError, RoutingReplayError
 from routing_replay.kernels.experts.choosing import choose_config
 from routing_replay.kernels.experts.config import ExpertsConfig, ExpertsShape
 from routing_replay.kernels.experts.limits import (
+    accumulators,
     config_problem,
     shared_memory_bytes,
     shared_memory_limit,
@@ -24,7 +25,6 @@ from routing_replay.kernels.experts.tables import (
 )
 from routing_replay.kernels.experts.tuning import TunedTokens, select, table_entries, tune_layer
 from routing_replay.kernels.experts.tuning_candidates import (
-    accumulators,
     candidates,
     in_order,
     with_other_tile,
@@ -110,14 +110,17 @@ def test_candidates_are_within_limits(
     assert found == candidates(shape, capability)
     for config in (*found, *with_other_tile(rule, "gemm1", shape, capability)):
         assert config_problem(config, shape, capability) is None
-        assert config.engine == "portable" or capability == (9, 0)
+        assert config.engine != "hopper" or capability == (9, 0)
+        if config.engine == "vector":
+            continue
         for tile in (config.gemm1, config.gemm2):
             assert shared_memory_bytes(
                 config.tile_tokens, tile, 2, capability
             ) <= shared_memory_limit(capability)
             assert accumulators(config.tile_tokens, tile) <= 128
+    by_tile = "hopper" if capability == (9, 0) else "portable"
     engines = {config.engine for config in found}
-    assert engines == ({"hopper", "portable"} if rule.engine == "hopper" else {"portable"})
+    assert engines == ({by_tile, "vector"} if num_tokens <= 8 else {by_tile})
 
 
 def test_with_other_tile_varies_one_gemm_only():
@@ -218,9 +221,9 @@ def test_tune_layer_keeps_the_rule_where_nothing_is_clearly_faster():
 
 
 def test_tune_layer_names_what_was_refused():
-    (tuned,) = _tune([256], FakeWorkload(_cost, refuse=lambda c: c.engine == "portable"))
-    assert {config.engine for config, _ in tuned.refused} == {"portable"}
-    assert tuned.config.engine == "hopper"
+    (tuned,) = _tune([256], FakeWorkload(_cost, refuse=lambda c: c.gemm1.warps == 8))
+    assert {config.gemm1.warps for config, _ in tuned.refused} == {8}
+    assert tuned.config.gemm1.warps == 4
 
 
 def test_tune_layer_fails_where_the_rule_is_wrong():

@@ -24,9 +24,12 @@ _ELEMENTS_OF_A_THREAD = 8
 @triton.jit
 def _combine_kernel(
     rows_ptr, weights_ptr, expanded_ptr, out_ptr, rows_stride, out_stride,
-    COLUMNS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program for each token and block of columns; rank 0 is added first."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = column < COLUMNS
@@ -50,7 +53,12 @@ def _block(num_tokens: int, columns: int) -> int:
 
 
 def launch_combine(
-    gemm2_output: Tensor, topk_weights: Tensor, expanded_idx_to_permuted_idx: Tensor, output: Tensor
+    gemm2_output: Tensor,
+    topk_weights: Tensor,
+    expanded_idx_to_permuted_idx: Tensor,
+    output: Tensor,
+    *,
+    overlap: bool = False,
 ) -> None:
     """Sum the weighted expert outputs of each token in float32, rank 0 first, and round once.
 
@@ -59,6 +67,7 @@ def launch_combine(
         topk_weights: float32 `[T, K]`, contiguous.
         expanded_idx_to_permuted_idx: int32 `[T * K]`; -1 for pairs that are not computed here, which add nothing.
         output: `[T, H]`; rows of consecutive elements; overwritten, with exact zeros for a token without any pair.
+        overlap: Launch as a programmatic dependent of the kernel ahead (sm_90 on).
 
     Runtime: one launch, none for no tokens; no sync; allocates nothing; CUDA-graph safe; bitwise deterministic, no atomics;
         no gradients.
@@ -78,7 +87,9 @@ def launch_combine(
         COLUMNS=columns,
         TOP_K=top_k,
         BLOCK=block,
+        PDL=overlap,
         num_warps=max(1, block // (32 * _ELEMENTS_OF_A_THREAD)),
+        **({"launch_pdl": True} if overlap else {}),
     )
 
 
@@ -99,7 +110,7 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
     wide = {**signature, "rows_ptr": "*fp32", "out_ptr": "*fp32"}
     sizes = {"decode": (1, 2048, 8), "prefill": (4096, 2048, 8), "odd": (64, 2880, 4), "one": (64, 5120, 1)}  # fmt: skip
     cases = [
-        (name, _combine_kernel, signature, {"COLUMNS": columns, "TOP_K": top_k, "BLOCK": _block(tokens, columns)})
+        (name, _combine_kernel, signature, {"COLUMNS": columns, "TOP_K": top_k, "BLOCK": _block(tokens, columns), "PDL": False})
         for name, (tokens, columns, top_k) in sizes.items()
     ]  # fmt: skip
     return [*cases, ("float32", _combine_kernel, wide, cases[0][3])]

@@ -5,15 +5,12 @@ from functools import lru_cache
 
 from routing_replay.errors import ConfigError
 from routing_replay.kernels.experts.config import (
-    ENGINES,
     ExpertsChoice,
     ExpertsConfig,
     ExpertsShape,
     GemmTile,
 )
 from routing_replay.kernels.experts.limits import (
-    HOPPER_DEPTH,
-    HOPPER_WARPS,
     RESERVED_BYTES,
     config_problem,
     engine_problem,
@@ -31,6 +28,7 @@ _DECODE_TOKENS = (
     32  # up to this tile, a GEMM streams weights and its tile of tokens costs next to nothing
 )
 _LEAST_CAPABILITY = (8, 0)
+_VECTOR_TOKENS = 4
 
 
 def rule_tile_tokens(shape: ExpertsShape) -> int:
@@ -85,8 +83,10 @@ def _rule_tile(
     """Return the tile of one GEMM with `out_rows` weight rows of `depth_size` elements."""
     is_decode = tile_tokens <= _DECODE_TOKENS
     if engine == "hopper":
-        rows, depth, warps = 64 if is_decode else 128, HOPPER_DEPTH, HOPPER_WARPS
-        least, most = 3, 8
+        rows, depth, warps = (64, 128, 4) if is_decode else (256, 64, 8)
+        if tile_tokens > 128:
+            rows = 128
+        least, most = 2, 8
     else:
         rows = _power_of_two_within(out_rows, 32, 64 if is_decode else 128)
         most_depth = (128 if is_decode else 64) * 2 // element_bytes
@@ -103,13 +103,30 @@ def _rule_tile(
     return GemmTile(rows=rows, depth=depth, stages=stages, warps=warps)
 
 
+def _vector_tile1(shape: ExpertsShape) -> GemmTile:
+    depth = _power_of_two_within(shape.hidden_size, 16, 1024)
+    return GemmTile(rows=16 if shape.is_gated else 8, depth=depth, stages=1, warps=8)
+
+
+def _vector_tile2(shape: ExpertsShape) -> GemmTile:
+    depth = _power_of_two_within(shape.intermediate_size, 16, 256)
+    return GemmTile(rows=4, depth=depth, stages=12, warps=4)
+
+
+def _suits_vector(shape: ExpertsShape) -> bool:
+    """Whether pairs that read their weights one by one read hardly more than the experts touched."""
+    few = shape.num_tokens <= _VECTOR_TOKENS and shape.num_tokens * shape.top_k * 4 <= shape.num_routed_over  # fmt: skip
+    return shape.num_tokens <= 1 or few
+
+
 def rule_config(
     engine: str, tile_tokens: int, shape: ExpertsShape, capability: tuple[int, int]
 ) -> ExpertsConfig:
     """Return what the rule has for an engine and a tile of tokens.
 
-    Up to 32 rows of tokens, where weights are streamed: 64 weight rows, 128 elements deep (64 on `hopper`), as many
-    stages as let two CTAs share an SM. From 64 on: 128 weight rows, 64 deep. Smaller layers get smaller tiles.
+    Up to 32 rows of tokens, where weights are streamed: 64 weight rows, 128 elements deep, as many stages as let two CTAs
+    share an SM. From 64 on: 128 weight rows (256 on `hopper`), 64 deep. Smaller layers get smaller tiles. `vector` has the
+    same for every layer.
 
     Args:
         engine: One of `ENGINES`.
@@ -120,6 +137,8 @@ def rule_config(
     Returns:
         The configuration; `config_problem` says whether it can run.
     """
+    if engine == "vector":
+        return ExpertsConfig(engine=engine, tile_tokens=tile_tokens, gemm1=_vector_tile1(shape), gemm2=_vector_tile2(shape))  # fmt: skip
     gemm1, gemm2 = (
         _rule_tile(
             engine,
@@ -159,9 +178,13 @@ def _bases(
         ):
             yield config
     if choice.engine is None:
-        engines = [e for e in reversed(ENGINES) if engine_problem(e, shape, capability) is None]
+        engines = [e for e in ("hopper", "portable") if engine_problem(e, shape, capability) is None]  # fmt: skip
     else:
         engines = [choice.engine]
+    is_open = choice.engine is None and engine_problem("vector", shape, capability) is None
+    if choice.engine == "vector" or (is_open and _prefers_vector(shape, choice)):
+        yield rule_config("vector", choice.tile_tokens or 1, shape, capability)
+    engines = [engine for engine in engines if engine != "vector"]
     tiles = [choice.tile_tokens]
     if choice.tile_tokens is None:
         natural = rule_tile_tokens(shape)
@@ -170,6 +193,13 @@ def _bases(
     for tile_tokens in tiles:
         assert tile_tokens is not None
         yield from (rule_config(e, tile_tokens, shape, capability) for e in engines)
+
+
+def _prefers_vector(shape: ExpertsShape, choice: ExpertsChoice) -> bool:
+    """Whether the rule takes `vector` by itself: for a few tokens, where nothing of another engine is named."""
+    if choice.tile_tokens is None and choice.gemm1 is None and choice.gemm2 is None:
+        return _suits_vector(shape)
+    return choice.tile_tokens == 1
 
 
 def _with_named(base: ExpertsConfig, choice: ExpertsChoice) -> ExpertsConfig:
@@ -240,8 +270,8 @@ def choose_config(
 
     The table of the device has the first word where it has an entry for this layer and this many tokens; a device
     without a table of its own takes that of another device of its capability. Where the tables are silent,
-    `rule_tile_tokens` gives the rows of tokens and `rule_config` the rest, on the engine `hopper` where it can run and
-    `portable` elsewhere. What `choice` names is kept; the rest is what the table (of the nearest number of tokens) or the
+    `rule_tile_tokens` gives the rows of tokens and `rule_config` the rest, on the engine `vector` for a few tokens, else on
+    `hopper` where it can run and `portable` elsewhere. What `choice` names is kept; the rest is what the table (of the nearest number of tokens) or the
     rule has for the named engine and rows of tokens.
 
     Args:

@@ -9,7 +9,7 @@ from routing_replay.kernels.experts.strict_json import fields_of, int_of, parse_
 
 __all__ = ["ENGINES", "ExpertsChoice", "ExpertsConfig", "ExpertsShape", "GemmTile"]
 
-ENGINES = ("portable", "hopper")
+ENGINES = ("portable", "hopper", "vector")
 _TILE_FIELDS = ("rows", "depth", "stages", "warps")
 _CHOICE_FIELDS = ("engine", "tile_tokens", "gemm1", "gemm2")
 
@@ -27,6 +27,7 @@ class ExpertsShape:
         is_gated: Whether GEMM 1 has `2I` output rows.
         num_experts: Experts on all ranks, shared ones included; None where all are on this rank.
         element_bytes: Bytes of an element of weights or activations, whichever are wider.
+        is_summed: Whether the experts of a token are summed, instead of given one by one.
     """
 
     num_tokens: int
@@ -37,6 +38,7 @@ class ExpertsShape:
     is_gated: bool = True
     num_experts: int | None = None
     element_bytes: int = 2
+    is_summed: bool = True
 
     @property
     def num_routed_over(self) -> int:
@@ -56,7 +58,7 @@ class GemmTile:
     Attributes:
         rows: Weight rows of a CTA (of gate and up together where GEMM 1 is gated).
         depth: Elements of the inner dimension in one step.
-        stages: Steps whose loads are in flight.
+        stages: Steps whose loads are in flight; of GEMM 2 on `vector`, those that start before GEMM 1 has ended.
         warps: Warps of a CTA.
     """
 
@@ -95,8 +97,9 @@ class ExpertsConfig:
     """A complete choice for one call; nothing of it changes which bits of routing are recorded.
 
     Attributes:
-        engine: `portable` (Triton, sm_80 on) or `hopper` (Gluon, sm_90).
-        tile_tokens: Rows of tokens of a tile; both GEMMs and the plan share it.
+        engine: `portable` (Triton, sm_80 on), `hopper` (Gluon, sm_90), or `vector` (Triton without tensor cores, sm_80 on, for a
+            few tokens).
+        tile_tokens: Rows of tokens of a tile; both GEMMs and the plan share it. 1 on `vector`, which has no plan.
         gemm1: Tile of GEMM 1.
         gemm2: Tile of GEMM 2.
     """

@@ -3,9 +3,10 @@
 from routing_replay.kernels.experts.config import ENGINES, ExpertsConfig, ExpertsShape, GemmTile
 
 __all__ = [
-    "HOPPER_DEPTH",
-    "HOPPER_WARPS",
+    "HOPPER_MULTIPLE",
+    "MOST_ACCUMULATORS",
     "RESERVED_BYTES",
+    "accumulators",
     "config_problem",
     "engine_problem",
     "shared_memory_bytes",
@@ -13,12 +14,22 @@ __all__ = [
     "stages_in_memory",
 ]
 
-HOPPER_DEPTH = 64
-HOPPER_WARPS = 4
-_HOPPER_TOKENS = (16, 32, 64, 128)
-_HOPPER_ROWS = (64, 128)
-_HOPPER_STAGES = range(3, 13)
+_HOPPER_TOKENS = (16, 32, 64, 128, 256)
+_HOPPER_TILE = {
+    "rows": (64, 128, 256),
+    "depth": (64, 128),
+    "stages": range(2, 17),
+    "warps": (4, 8),
+}
+# Rows of a tensor map start at multiples of 16 bytes.
+HOPPER_MULTIPLE = 8
+# wgmma takes 64 weight rows for each group of four warps.
+_WGMMA_ROWS_OF_A_WARP = 16
+# A thread has 255 registers; with more sums than these it would spill.
+MOST_ACCUMULATORS = 128
 _MOST_STAGES = 12
+_VECTOR_TILE = {"rows": (1, 64), "depth": (16, 4096), "warps": (1, 8)}
+_MOST_VECTOR_STAGES = 64
 RESERVED_BYTES = (
     2304  # barriers, and what the end of a GEMM exchanges: up to 2104 bytes on `hopper`
 )
@@ -105,31 +116,64 @@ def engine_problem(engine: str, shape: ExpertsShape, capability: tuple[int, int]
     if engine == "portable":
         return None
     instead = "use engine='portable' or leave it out"
+    if engine == "vector":
+        if not shape.is_summed:
+            return f"engine='vector' without the sum over experts; accepted is with it: {instead}"
+        return None
     if capability != (9, 0):
         return f"engine='hopper' at capability={capability}; accepted is (9, 0): {instead}"
     sizes = (shape.hidden_size, shape.intermediate_size)
-    if any(size % HOPPER_DEPTH for size in sizes):
+    if any(size % HOPPER_MULTIPLE for size in sizes):
         return (
             f"engine='hopper' with hidden_size={sizes[0]}, intermediate_size={sizes[1]}; accepted are multiples of "
-            f"{HOPPER_DEPTH}: {instead}"
+            f"{HOPPER_MULTIPLE}: {instead}"
         )
     if shape.element_bytes != 2:
         return f"engine='hopper' with elements of {shape.element_bytes} bytes; accepted is bfloat16: {instead}"
     return None
 
 
-def _hopper_problem(name: str, tile: GemmTile) -> str | None:
-    accepted = {
-        "rows": _HOPPER_ROWS,
-        "depth": (HOPPER_DEPTH,),
-        "stages": _HOPPER_STAGES,
-        "warps": (HOPPER_WARPS,),
-    }
-    for field, values in accepted.items():
+def accumulators(tile_tokens: int, tile: GemmTile) -> float:
+    """Return how many float32 sums a thread holds.
+
+    Args:
+        tile_tokens: Rows of tokens.
+        tile: The rest of the tile.
+
+    Returns:
+        Registers.
+    """
+    return tile_tokens * tile.rows / (tile.warps * 32)
+
+
+def _hopper_problem(name: str, tile_tokens: int, tile: GemmTile) -> str | None:
+    for field, values in _HOPPER_TILE.items():
         value: int = getattr(tile, field)
         if value not in values:
             names = ", ".join(map(str, values))
             return f"{name}.{field}={value} with engine='hopper'; accepted are {names}"
+    if tile.rows < _WGMMA_ROWS_OF_A_WARP * tile.warps:
+        return (
+            f"{name}.rows={tile.rows} with {tile.warps} warps and engine='hopper'; accepted are {_WGMMA_ROWS_OF_A_WARP} or more "
+            "rows for each warp"
+        )
+    if accumulators(tile_tokens, tile) > MOST_ACCUMULATORS:
+        return (
+            f"{name}.rows={tile.rows} with tile_tokens={tile_tokens}, {tile.warps} warps and engine='hopper' needs "
+            f"{accumulators(tile_tokens, tile):.0f} sums for each thread; accepted are {MOST_ACCUMULATORS}: take fewer rows or "
+            "more warps"
+        )
+    return None
+
+
+def _vector_problem(name: str, tile: GemmTile, *, is_gated: bool) -> str | None:
+    for field, (least, most) in _VECTOR_TILE.items():
+        value: int = getattr(tile, field)
+        least_here = 2 * least if is_gated and field == "rows" else least
+        if not least_here <= value <= most or not _is_power_of_two(value):
+            return f"{name}.{field}={value} with engine='vector'; accepted are powers of two in [{least_here}, {most}]"
+    if tile.stages > _MOST_VECTOR_STAGES:
+        return f"{name}.stages={tile.stages} with engine='vector'; accepted is [1, {_MOST_VECTOR_STAGES}]"
     return None
 
 
@@ -161,27 +205,38 @@ def config_problem(
     problem = engine_problem(config.engine, shape, capability)
     if problem is not None:
         return problem
-    is_hopper = config.engine == "hopper"
-    tokens = config.tile_tokens
-    if is_hopper and tokens not in _HOPPER_TOKENS:
-        return f"tile_tokens={tokens} with engine='hopper'; accepted are 16, 32, 64, 128"
-    if not 16 <= tokens <= 256 or not _is_power_of_two(tokens):
+    tokens, engine = config.tile_tokens, config.engine
+    if engine == "vector" and tokens != 1:
+        return f"tile_tokens={tokens} with engine='vector'; accepted is 1"
+    if engine == "hopper" and tokens not in _HOPPER_TOKENS:
+        return f"tile_tokens={tokens} with engine='hopper'; accepted are 16, 32, 64, 128, 256"
+    if engine == "portable" and (not 16 <= tokens <= 256 or not _is_power_of_two(tokens)):
         return f"tile_tokens={tokens}; accepted are powers of two in [16, 256]"
     for name, tile, is_gated in (
         ("gemm1", config.gemm1, shape.is_gated),
         ("gemm2", config.gemm2, False),
     ):
-        if is_hopper:
-            problem = _hopper_problem(name, tile)
+        if engine == "vector":
+            problem = _vector_problem(name, tile, is_gated=is_gated)
+        elif engine == "hopper":
+            problem = _hopper_problem(name, tokens, tile)
         else:
             problem = _portable_problem(name, tile, is_gated=is_gated)
+        if problem is None and engine != "vector":
+            problem = _memory_problem(name, tokens, tile, shape, capability)
         if problem is not None:
             return problem
-        needed = shared_memory_bytes(tokens, tile, shape.element_bytes, capability)
-        limit = shared_memory_limit(capability)
-        if needed > limit:
-            return (
-                f"{name}={tile} with tile_tokens={tokens} needs up to {needed} bytes of shared memory; accepted are "
-                f"{limit} at capability={capability}: take fewer stages, less depth or fewer rows"
-            )
     return None
+
+
+def _memory_problem(
+    name: str, tile_tokens: int, tile: GemmTile, shape: ExpertsShape, capability: tuple[int, int]
+) -> str | None:
+    needed = shared_memory_bytes(tile_tokens, tile, shape.element_bytes, capability)
+    limit = shared_memory_limit(capability)
+    if needed <= limit:
+        return None
+    return (
+        f"{name}={tile} with tile_tokens={tile_tokens} needs up to {needed} bytes of shared memory; accepted are {limit} at "
+        f"capability={capability}: take fewer stages, less depth or fewer rows"
+    )

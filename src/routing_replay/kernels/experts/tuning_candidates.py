@@ -5,42 +5,42 @@ from collections.abc import Iterator, Sequence
 
 from routing_replay.kernels.experts.choosing import (
     TILES_OF_TOKENS,
+    choose_config,
     rule_config,
     rule_tile_tokens,
 )
 from routing_replay.kernels.experts.config import ENGINES, ExpertsConfig, ExpertsShape, GemmTile
 from routing_replay.kernels.experts.limits import (
-    HOPPER_DEPTH,
-    HOPPER_WARPS,
+    MOST_ACCUMULATORS,
+    accumulators,
     config_problem,
     engine_problem,
 )
+from routing_replay.kernels.experts.tables import ConfigTables
 
-__all__ = ["accumulators", "candidates", "in_order", "with_other_tile"]
+__all__ = ["candidates", "in_order", "with_other_tile"]
 
-# A thread has 255 registers; more than half of them in sums leaves too few for operands and addresses.
-_MOST_ACCUMULATORS = 128
 _LEAST_ACCUMULATORS = 4
+_MOST_VECTOR_TOKENS = 8
 
 
-def accumulators(tile_tokens: int, tile: GemmTile) -> float:
-    """Return how many float32 sums a thread holds.
-
-    Args:
-        tile_tokens: Rows of tokens.
-        tile: The rest of the tile.
-
-    Returns:
-        Registers.
-    """
-    return tile_tokens * tile.rows / (tile.warps * 32)
+def _hopper_tiles() -> Iterator[GemmTile]:
+    for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
+        for depth, all_stages in ((64, (3, 4, 5, 6, 9)), (128, (2, 3, 4, 5))):
+            for stages in all_stages:
+                yield GemmTile(rows=rows, depth=depth, stages=stages, warps=warps)
 
 
-def _hopper_tiles(tile_tokens: int) -> Iterator[GemmTile]:
-    del tile_tokens  # the depth is fixed, and shared memory bounds the stages
-    for rows in (64, 128):
-        for stages in (3, 4, 6, 8, 10, 12):
-            yield GemmTile(rows=rows, depth=HOPPER_DEPTH, stages=stages, warps=HOPPER_WARPS)
+def _vector_tiles(gemm: str) -> Iterator[GemmTile]:
+    if gemm == "gemm1":
+        for rows, warps in ((4, 2), (8, 4), (16, 8)):
+            for depth in (512, 1024, 2048):
+                yield GemmTile(rows=rows, depth=depth, stages=1, warps=warps)
+        return
+    for rows, warps in ((2, 2), (4, 4), (8, 8)):
+        for depth in (256, 512, 1024):
+            for stages in (4, 8, 12, 16, 24):
+                yield GemmTile(rows=rows, depth=depth, stages=stages, warps=warps)
 
 
 def _portable_tiles(tile_tokens: int) -> Iterator[GemmTile]:
@@ -55,9 +55,11 @@ def _portable_tiles(tile_tokens: int) -> Iterator[GemmTile]:
                 yield GemmTile(rows=rows, depth=depth, stages=stages, warps=warps)
 
 
-def _tiles(engine: str, tile_tokens: int) -> list[GemmTile]:
-    tiles = _hopper_tiles(tile_tokens) if engine == "hopper" else _portable_tiles(tile_tokens)
-    bounds = (_LEAST_ACCUMULATORS, _MOST_ACCUMULATORS)
+def _tiles(engine: str, tile_tokens: int, gemm: str) -> list[GemmTile]:
+    if engine == "vector":
+        return list(_vector_tiles(gemm))
+    tiles = _hopper_tiles() if engine == "hopper" else _portable_tiles(tile_tokens)
+    bounds = (_LEAST_ACCUMULATORS, MOST_ACCUMULATORS)
     return [t for t in tiles if bounds[0] <= accumulators(tile_tokens, t) <= bounds[1]]
 
 
@@ -72,7 +74,8 @@ def _runnable(
 def candidates(shape: ExpertsShape, capability: tuple[int, int]) -> tuple[ExpertsConfig, ...]:
     """Return configurations worth trying, both GEMMs cut alike.
 
-    Rows of tokens are those of the rule and its two neighbours. `with_other_tile` varies one GEMM afterwards.
+    Rows of tokens are those of the rule and its two neighbours; `portable` is tried only where `hopper` cannot run.
+    `with_other_tile` varies one GEMM afterwards.
 
     Args:
         shape: The layer and its tokens.
@@ -83,11 +86,15 @@ def candidates(shape: ExpertsShape, capability: tuple[int, int]) -> tuple[Expert
     """
     natural = TILES_OF_TOKENS.index(rule_tile_tokens(shape))
     near = TILES_OF_TOKENS[max(0, natural - 1) : natural + 2]
-    engines = [e for e in reversed(ENGINES) if engine_problem(e, shape, capability) is None]
-    found = [rule_config(e, TILES_OF_TOKENS[natural], shape, capability) for e in engines]
+    usable = [e for e in ENGINES if engine_problem(e, shape, capability) is None]
+    found = [choose_config(shape, capability=capability, tables=ConfigTables())]
+    if "vector" in usable and shape.num_tokens <= _MOST_VECTOR_TOKENS:
+        found.append(rule_config("vector", 1, shape, capability))
+    engines = ["hopper"] if "hopper" in usable else ["portable"]
+    found += [rule_config(e, TILES_OF_TOKENS[natural], shape, capability) for e in engines]
     for engine in engines:
         for tokens in near:
-            for tile in _tiles(engine, tokens):
+            for tile in _tiles(engine, tokens, "gemm1"):
                 found.append(
                     ExpertsConfig(engine=engine, tile_tokens=tokens, gemm1=tile, gemm2=tile)
                 )
@@ -109,7 +116,7 @@ def with_other_tile(
         Configurations that can run, each once; the given one comes first.
     """
     found = [config]
-    for tile in _tiles(config.engine, config.tile_tokens):
+    for tile in _tiles(config.engine, config.tile_tokens, gemm):
         gemm1, gemm2 = (tile, config.gemm2) if gemm == "gemm1" else (config.gemm1, tile)
         found.append(
             ExpertsConfig(

@@ -11,7 +11,12 @@ from routing_replay.kernels.experts import (
     combine_reference,
 )
 from routing_replay.kernels.experts.config import ExpertsChoice
-from routing_replay.kernels.fused_moe.launches import moe_triton, routed_moe_triton
+from routing_replay.kernels.fused_moe.launches import (
+    moe_triton,
+    moe_triton_into,
+    routed_moe_triton,
+    routed_moe_triton_into,
+)
 from routing_replay.kernels.fused_moe.layer import ExpertsLayer
 from routing_replay.kernels.fused_moe.reference import moe_reference, routed_moe_reference
 from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
@@ -19,15 +24,6 @@ from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
 __all__ = ["moe_op", "routed_moe_op", "routed_unfinalized_op", "unfinalized_op"]
 
 _Parts = tuple[Tensor, Tensor, Tensor]
-
-
-def _combine(parts: _Parts, output: Tensor, backend: str) -> None:
-    if backend == Backend.TRITON:
-        from routing_replay.kernels.experts._triton import launch_combine
-
-        launch_combine(*parts, output)
-    else:
-        output.copy_(combine_reference(*parts))
 
 
 def _fake_parts(hidden_states: Tensor, num_columns: int) -> _Parts:
@@ -70,7 +66,16 @@ def _layer(
     )
 
 
-def _moe_parts(
+def _finish(output: Tensor | None, parts: _Parts) -> _Parts | None:
+    """Sum the parts of the reference where there is an output."""
+    if output is None:
+        return parts
+    output.copy_(combine_reference(*parts))
+    return None
+
+
+def _moe(
+    output: Tensor | None,
     *,
     routing_logits: Tensor,
     routing_bias: Tensor | None,
@@ -98,7 +103,8 @@ def _moe_parts(
     batch_invariant: bool,
     config: str,
     workspace: Tensor | None,
-) -> _Parts:
+) -> _Parts | None:
+    """Fill the output where there is one, else return the parts."""
     routing = RoutingMethod(
         type=RoutingMethodType(routing_method_type),
         num_experts=routing_logits.shape[1],
@@ -123,8 +129,12 @@ def _moe_parts(
     replay = {"routing_replay_out": routing_replay_out, "routing_replay_in": routing_replay_in}
     first = (routing_logits, hidden_states, routing, layer)
     if backend == Backend.TRITON:
-        return moe_triton(*first, routing_bias=routing_bias, **replay, workspace=workspace)
-    return moe_reference(*first, routing_bias=routing_bias, **replay)
+        optional = {"routing_bias": routing_bias, **replay, "workspace": workspace}
+        if output is None:
+            return moe_triton(*first, **optional)
+        moe_triton_into(output, *first, **optional)
+        return None
+    return _finish(output, moe_reference(*first, routing_bias=routing_bias, **replay))
 
 
 @torch.library.custom_op(
@@ -159,7 +169,8 @@ def unfinalized_op(
     workspace: Tensor | None,
 ) -> _Parts:
     """`bf16_moe` with `do_finalize=False`; `config` is the JSON of an `ExpertsChoice`. Runtime: as `bf16_moe`."""
-    return _moe_parts(
+    parts = _moe(
+        None,
         routing_logits=routing_logits,
         routing_bias=routing_bias,
         hidden_states=hidden_states,
@@ -187,6 +198,8 @@ def unfinalized_op(
         config=config,
         workspace=workspace,
     )
+    assert parts is not None
+    return parts
 
 
 @unfinalized_op.register_fake
@@ -240,7 +253,8 @@ def moe_op(
     workspace: Tensor | None,
 ) -> None:
     """`bf16_moe` into an output that is given. Runtime: as `bf16_moe`."""
-    parts = _moe_parts(
+    _moe(
+        output,
         routing_logits=routing_logits,
         routing_bias=routing_bias,
         hidden_states=hidden_states,
@@ -268,7 +282,6 @@ def moe_op(
         config=config,
         workspace=workspace,
     )
-    _combine(parts, output, backend)
 
 
 @moe_op.register_fake
@@ -276,7 +289,8 @@ def _(*_: object) -> None:
     return None
 
 
-def _routed_parts(
+def _routed_moe(
+    output: Tensor | None,
     *,
     topk_ids: Tensor,
     topk_weights: Tensor | None,
@@ -296,7 +310,7 @@ def _routed_parts(
     backend: str,
     batch_invariant: bool,
     config: str,
-) -> _Parts:
+) -> _Parts | None:
     layer = _layer(
         (gemm1_weights, gemm2_weights),
         (gemm1_bias, gemm2_bias),
@@ -308,8 +322,13 @@ def _routed_parts(
         batch_invariant=batch_invariant,
         config=config,
     )
-    run = routed_moe_triton if backend == Backend.TRITON else routed_moe_reference
-    return run(topk_ids, topk_weights, hidden_states, layer, routing_replay_out=routing_replay_out)
+    first = (topk_ids, topk_weights, hidden_states, layer)
+    if backend == Backend.TRITON:
+        if output is None:
+            return routed_moe_triton(*first, routing_replay_out=routing_replay_out)
+        routed_moe_triton_into(output, *first, routing_replay_out=routing_replay_out)
+        return None
+    return _finish(output, routed_moe_reference(*first, routing_replay_out=routing_replay_out))
 
 
 @torch.library.custom_op(
@@ -336,7 +355,8 @@ def routed_unfinalized_op(
     config: str,
 ) -> _Parts:
     """`bf16_routed_moe` with `do_finalize=False`; ids are packed where there are no weights. Runtime: as `bf16_moe`."""
-    return _routed_parts(
+    parts = _routed_moe(
+        None,
         topk_ids=topk_ids,
         topk_weights=topk_weights,
         hidden_states=hidden_states,
@@ -356,6 +376,8 @@ def routed_unfinalized_op(
         batch_invariant=batch_invariant,
         config=config,
     )
+    assert parts is not None
+    return parts
 
 
 @routed_unfinalized_op.register_fake
@@ -388,7 +410,8 @@ def routed_moe_op(
     config: str,
 ) -> None:
     """`bf16_routed_moe` into an output that is given. Runtime: as `bf16_moe`."""
-    parts = _routed_parts(
+    _routed_moe(
+        output,
         topk_ids=topk_ids,
         topk_weights=topk_weights,
         hidden_states=hidden_states,
@@ -408,7 +431,6 @@ def routed_moe_op(
         batch_invariant=batch_invariant,
         config=config,
     )
-    _combine(parts, output, backend)
 
 
 @routed_moe_op.register_fake
