@@ -20,7 +20,14 @@ from routing_replay.kernels.fused_moe.checks import MoEShape
 from routing_replay.kernels.routing import RoutingMethod, RoutingMethodType
 from routing_replay.kernels.routing.checks import check_bias, check_logits, check_replay_buffer
 
-__all__ = ["FlashInferApi", "FlashInferWeights", "launch", "load_flashinfer", "prepare_weights"]
+__all__ = [
+    "FlashInferApi",
+    "FlashInferWeights",
+    "are_prepared",
+    "launch",
+    "load_flashinfer",
+    "prepare_weights",
+]
 
 Kind = RoutingMethodType
 
@@ -160,6 +167,20 @@ def prepare_weights(
     )
 
 
+def are_prepared(gemm1_weights: Tensor) -> bool:
+    """Return whether weights were laid out by `prepare_weights`: they have four dimensions, and no other backend reads them.
+
+    Args:
+        gemm1_weights: Weights of GEMM 1.
+
+    Returns:
+        True for four dimensions.
+
+    Runtime: host only.
+    """
+    return gemm1_weights.ndim == 4
+
+
 def _blocks_of(weights: Tensor) -> Tensor:
     """Room for all experts, as bytes."""
     experts, rows, columns = weights.shape
@@ -257,7 +278,8 @@ def _check_groups(routing: RoutingMethod) -> None:
 
 
 def _check_call(
-    hidden_states: Tensor, weights: FlashInferWeights, shape: MoEShape, unsupported: Mapping[str, object]
+    hidden_states: Tensor, weights: tuple[Tensor, Tensor], activation: ActivationType, shape: MoEShape,
+    unsupported: Mapping[str, object],
 ) -> None:  # fmt: skip
     for name, value in unsupported.items():
         if isinstance(value, Tensor) or value:
@@ -271,12 +293,11 @@ def _check_call(
             f"hidden_states is {hidden_states.dtype} with strides {hidden_states.stride()}; accepted is torch.bfloat16, "
             "contiguous, for backend='flashinfer'"
         )
-    activation = _checked_activation(weights.activation_type)
     rows = shape.intermediate_size * (2 if activation.is_gated else 1)
     experts, hidden = shape.local_num_experts, shape.hidden_size
     for name, tensor, expected in (
-        ("gemm1_weights", weights.gemm1_weights, (experts, hidden // _BLOCK, rows, _BLOCK)),
-        ("gemm2_weights", weights.gemm2_weights, (experts, shape.intermediate_size // _BLOCK, hidden, _BLOCK)),
+        ("gemm1_weights", weights[0], (experts, hidden // _BLOCK, rows, _BLOCK)),
+        ("gemm2_weights", weights[1], (experts, shape.intermediate_size // _BLOCK, hidden, _BLOCK)),
     ):  # fmt: skip
         if tuple(tensor.shape) != expected or tensor.dtype is not torch.bfloat16:
             raise ConfigError(
@@ -293,10 +314,11 @@ def launch(
     routing_logits: Tensor,
     routing_bias: Tensor | None,
     hidden_states: Tensor,
-    weights: FlashInferWeights,
+    weights: tuple[Tensor, Tensor],
     shape: MoEShape,
     routing: RoutingMethod,
     *,
+    activation_type: int,
     parameters: SwigluParameters,
     do_finalize: bool = True,
     routing_replay_out: Tensor | None = None,
@@ -310,9 +332,10 @@ def launch(
         routing_logits: `[T, E]` bfloat16 or float32.
         routing_bias: `[E]` selection bias, or None.
         hidden_states: bfloat16 `[T, H]`, contiguous.
-        weights: What `prepare_weights` made.
+        weights: `gemm1_weights` and `gemm2_weights` that `prepare_weights` made.
         shape: The integers of the call.
         routing: How logits become ids and weights.
+        activation_type: The activation that they were prepared for.
         parameters: Per-expert parameters of Swiglu.
         do_finalize: Return the sum; False returns its parts.
         routing_replay_out: int16 `[>= T, K]`, contiguous: rows `[0, T)` receive the global ids.
@@ -331,7 +354,8 @@ def launch(
         FlashInfer is; not registered with torch.library, so that torch.compile breaks the graph here; no gradients.
     """
     check_logits(routing_logits, routing)
-    _check_call(hidden_states, weights, shape, unsupported)
+    activation = _checked_activation(activation_type)
+    _check_call(hidden_states, weights, activation, shape, unsupported)
     device = hidden_states.device
     check_bias(routing_bias, routing, device)
     _check_method(routing, routing_bias)
@@ -353,8 +377,8 @@ def launch(
         routing_logits=routing_logits,
         routing_bias=routing_bias,
         hidden_states=hidden_states,
-        gemm1_weights=weights.gemm1_weights,
-        gemm2_weights=weights.gemm2_weights,
+        gemm1_weights=weights[0],
+        gemm2_weights=weights[1],
         num_experts=shape.num_experts,
         top_k=shape.top_k,
         n_group=routing.n_group if has_groups else None,
@@ -367,7 +391,7 @@ def launch(
         use_shuffled_weight=True,
         weight_layout=api.block_major_k,
         do_finalize=do_finalize,
-        activation_type=int(weights.activation_type),
+        activation_type=int(activation),
         norm_topk_prob=routing.norm_topk_prob,
         **{name: value for name, value in optional.items() if value is not None},
     )
