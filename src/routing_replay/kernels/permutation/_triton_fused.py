@@ -202,11 +202,11 @@ def _route_and_plan_kernel(
     wait_for_earlier_kernel(PDL)
     turn = 0
     if not ONE_TOKEN:
-        turn = tl.load(workspace_ptr)
+        turn = tl.load(workspace_ptr, volatile=True)
     table_ptr = workspace_ptr + _HEADER + turn * TABLE
     picked, usable, top, total = pick_experts(
-        logits_ptr, bias_ptr, replay_in_ptr, token, logits_stride, NUM_EXPERTS, TOP_K, COLUMNS_POW2, GROUPS, GROUPS_POW2,
-        GROUP_SIZE_POW2, TOP_GROUPS, SCORE, BIAS, HAS_REPLAY_IN,
+        logits_ptr, bias_ptr, replay_in_ptr, token.to(tl.int64), logits_stride, NUM_EXPERTS, TOP_K, COLUMNS_POW2, GROUPS,
+        GROUPS_POW2, GROUP_SIZE_POW2, TOP_GROUPS, SCORE, BIAS, HAS_REPLAY_IN,
     )  # fmt: skip
     expert = with_shared(picked, NUM_EXPERTS, TOP_K)
     local = expert - offset
@@ -220,8 +220,8 @@ def _route_and_plan_kernel(
         # Before the weights: the others' programs see the marks while this one computes.
         _mark(table_ptr, local, is_here, is_pair, token, BINS, CAN_MISS)
     store_row(
-        logits_ptr, bias_ptr, weights_ptr, ids_ptr, replay_out_ptr, token, logits_stride, scale, picked, usable, top, total,
-        NUM_EXPERTS, TOP_K, NUM_SHARED, COLUMNS_POW2, SCORE, WEIGHT, BIAS, NORMALIZE, HAS_REPLAY_OUT,
+        logits_ptr, bias_ptr, weights_ptr, ids_ptr, replay_out_ptr, token.to(tl.int64), logits_stride, scale, picked, usable,
+        top, total, NUM_EXPERTS, TOP_K, NUM_SHARED, COLUMNS_POW2, SCORE, WEIGHT, BIAS, NORMALIZE, HAS_REPLAY_OUT,
     )  # fmt: skip
     if ONE_TOKEN:
         first_tile, count, rank, total_tiles = _alone(local, is_here, NUM_COLUMNS)

@@ -22,22 +22,21 @@ _NO_ID = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _order_key(x):
-    """An int32 that orders as float32 does: -0.0 as 0.0, every NaN above infinity."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(_is_nan(x), _NAN_KEY, key)
+def _flip(bits):
+    """Between the bits of a float32 and an int32 that orders as it does."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def _is_nan(x):
-    return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) > 0x7F800000
+def _order_key(x):
+    """An int32 that orders as float32 does: -0.0 as 0.0, every NaN above infinity."""
+    return tl.where(x != x, _NAN_KEY, _flip((x + 0.0).to(tl.int32, bitcast=True)))  # noqa: PLR0124
 
 
 @triton.jit
 def _key_value(key):
     """The float32 of an order key."""
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+    return _flip(key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -148,16 +147,17 @@ def pick_experts(
     total = 0.0
     keys = ()
     ids = ()
+    slot = tl.arange(0, GROUP_SIZE_POW2)
+    is_expert = slot < GROUP_SIZE
+    row_ptr = logits_ptr + row * logits_stride + slot
     for group in tl.static_range(GROUPS):
-        slot = tl.arange(0, GROUP_SIZE_POW2)
         expert = group * GROUP_SIZE + slot
-        is_expert = slot < GROUP_SIZE
-        logits = tl.load(
-            logits_ptr + row * logits_stride + expert, mask=is_expert, other=-float("inf")
-        )
+        logits = tl.load(row_ptr + group * GROUP_SIZE, mask=is_expert, other=-float("inf"))
         scores = logits.to(tl.float32)
         if BIAS != 0:
-            bias = tl.load(bias_ptr + expert, mask=is_expert, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + slot + group * GROUP_SIZE, mask=is_expert, other=0.0).to(
+                tl.float32
+            )
         if BIAS == 2:
             scores += bias
         if SCORE == 1:
