@@ -6,7 +6,12 @@ from routing_replay.kernels.experts.config import ExpertsChoice, GemmTile
 from routing_replay.kernels.fused_moe import bf16_moe, bf16_routed_moe
 from routing_replay.kernels.gather import MISSING_ID, RowFault, gather_rows
 from routing_replay.kernels.linear import ROW_BLOCK, linear
-from routing_replay.kernels.permutation import PermutationPlan, plan_permutation
+from routing_replay.kernels.permutation import (
+    PermutationPlan,
+    plan_permutation,
+    route_and_plan,
+    route_and_plan_workspace,
+)
 from routing_replay.kernels.routing import (
     RoutingMethod,
     RoutingMethodType,
@@ -33,4 +38,6 @@ __all__ = [
     "linear",
     "plan_permutation",
     "route",
+    "route_and_plan",
+    "route_and_plan_workspace",
 ]
