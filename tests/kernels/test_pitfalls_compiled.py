@@ -18,6 +18,10 @@ EARLY = [
     and "def compile_cases" in path.read_text()
 ]
 
+# What a kernel may read before its wait: weights, which nothing writes, and ids that were ready before the kernel ahead let
+# this one start, since that one waits for the router before it does.
+EARLY_READS = {"_vector_gemm2_kernel": {"weights_ptr", "ids_ptr"}}
+
 _COMPILE = """
 import importlib, sys
 from triton.backends.compiler import GPUTarget
@@ -33,8 +37,9 @@ for case, kernel, signature, constexprs in importlib.import_module(sys.argv[1]).
         constexprs = {**constexprs, "PDL": True}
         types = {**signature, **dict.fromkeys(constexprs, "constexpr")}
         source = ASTSource(fn=kernel, signature={a: types[a] for a in kernel.arg_names}, constexprs=constexprs)
-        print("// kernel", case)
-        print(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"])
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+        print("// kernel", kernel.__name__, case)
+        print(built["ttir"], "// ptx", built["ptx"])
 """
 
 
@@ -45,6 +50,32 @@ def early_accesses(ptx: str) -> list[str]:
         return ["no griddepcontrol.wait"]
     touched = re.findall(r"^\s*(?:@%p\d+ )?((?:ld|st|red|atom|cp)\S*global\S*)", before, re.MULTILINE)  # fmt: skip
     return [*touched, *re.findall(r"griddepcontrol\.launch_dependents", before)]
+
+
+def early_reads(ttir: str) -> set[str]:
+    """Return the pointer arguments behind the loads that stand before the wait."""
+    before, _, after = ttir.partition("griddepcontrol.wait")
+    assert after, "no griddepcontrol.wait"
+    sources = dict(
+        re.findall(r"%(\S+) = tt\.(?:addptr|splat|broadcast|expand_dims) %(\w+)", before)
+    )
+    found: set[str] = set()
+    for name in re.findall(r"tt\.load %(\w+)", before):
+        base = name
+        while base in sources:
+            base = sources[base]
+        found.add(base)
+    return found
+
+
+def test_reads_are_traced_to_their_arguments():
+    wait = "inline_asm griddepcontrol.wait; dummy"
+    text = "%a = tt.splat %x_ptr : p\n%b = tt.addptr %a, %i : p\n%c = tt.load %b, %m : t\n" + wait
+    assert early_reads(text) == {"x_ptr"}
+    assert early_reads(wait + "\n%c = tt.load %x_ptr : t") == set()
+    assert early_reads("%c = tt.load %iter : t\n" + wait) == {
+        "iter"
+    }  # a pointer of a loop: none is known by that name
 
 
 def test_the_check_sees_bad_examples():
@@ -72,7 +103,11 @@ def test_nothing_is_touched_before_the_wait(module: str, tmp_path: Path):
     compiled = done.stdout.split("// kernel ")[1:]
     assert compiled
     for code in compiled:
-        assert early_accesses(code) == [], code.splitlines()[0]
+        kernel = code.split()[0]
+        ttir, _, ptx = code.partition("// ptx")
+        allowed = EARLY_READS.get(kernel, set())
+        assert early_reads(ttir) <= allowed, kernel
+        assert [access for access in early_accesses(ptx) if not (allowed and access.startswith("ld."))] == [], kernel  # fmt: skip
 
 
 def test_kernels_that_start_early_are_known():
