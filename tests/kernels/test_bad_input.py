@@ -21,6 +21,8 @@ from routing_replay.kernels import (
     linear,
     plan_permutation,
     route,
+    route_and_plan,
+    route_and_plan_workspace,
 )
 
 Kind = RoutingMethodType
@@ -87,6 +89,14 @@ def _plan(**changes: object) -> Arguments:
     return {"topk_ids": ids, "num_experts": E, "tile_tokens": 4, **changes}
 
 
+def _both(**changes: object) -> Arguments:
+    return {**_route(), "tile_tokens": 4, **changes}
+
+
+def _workspace(**changes: object) -> Arguments:
+    return {"num_local_experts": E, "device": "cpu", **changes}
+
+
 def _linear(**changes: object) -> Arguments:
     return {"x": torch.randn(T, H), "weight": torch.randn(INNER, H), **changes}
 
@@ -99,6 +109,8 @@ OPS: dict[str, tuple[Callable[..., object], Callable[..., Arguments]]] = {
     "gather_rows": (gather_rows, _gather),
     "plan_permutation": (plan_permutation, _plan),
     "linear": (linear, _linear),
+    "route_and_plan": (route_and_plan, _both),
+    "route_and_plan_workspace": (route_and_plan_workspace, _workspace),
     "gate_first": (gate_first, _up_first),
 }
 
@@ -107,6 +119,7 @@ FAULTS = (
 )  # fmt: skip
 
 NOT_APPLICABLE = {
+    **dict.fromkeys([("route_and_plan_workspace", fault) for fault in FAULTS], "allocates; the op that takes it checks its size"),
     **dict.fromkeys([("route", "EP range"), ("fused_topk_deepseek", "EP range")], "routes among all experts"),
     ("fused_topk_deepseek", "device"): "FlashInfer's own checks, which have none",
     **dict.fromkeys([("gather_rows", fault) for fault in ("groups", "K > E", "bias", "EP range")], "copies rows"),
@@ -191,6 +204,19 @@ BAD: list[tuple[str, str, Callable[[], Arguments], str]] = [
     ("fused_topk_deepseek", "K > E", lambda: _deepseek(scores=torch.zeros(T, 1), bias=torch.zeros(1), n_group=1, topk_group=1), "top_k=2; accepted is 1 to"),
     ("fused_topk_deepseek", "bias", lambda: _deepseek(bias=torch.zeros(63)), r"bias has shape \(63,\), expected \[64\]"),
     ("fused_topk_deepseek", "E > int16", lambda: _deepseek(scores=torch.zeros(T, 40000), bias=torch.zeros(40000)), "num_experts=40000 with n_group=4; accepted is up to 256"),
+
+    ("route_and_plan", "dtype", lambda: _both(routing_replay_out=_buffer().int()), "routing_replay_out must be int16, got torch.int32"),
+    ("route_and_plan", "dtype", lambda: _both(workspace=torch.zeros(E)), "workspace is torch.float32 of shape"),
+    ("route_and_plan", "rank", lambda: _both(routing_replay_in=_buffer()[0]), "routing_replay_in must be 2D .*, got 1D"),
+    ("route_and_plan", "rows", lambda: _both(routing_replay_out=_buffer(3)), "routing_replay_out dim0 must be >= num_tokens=4, got 3"),
+    ("route_and_plan", "columns", lambda: _both(routing_replay_out=_buffer(T, 3)), "routing_replay_out dim1 must equal top_k=2, got 3"),
+    ("route_and_plan", "stride", lambda: _both(router_logits=torch.zeros(E, T).t()), r"router_logits has strides \(1, 4\)"),
+    ("route_and_plan", "device", lambda: _both(routing_replay_out=_buffer().to(META)), "routing_replay_out is on meta, expected cpu"),
+    ("route_and_plan", "groups", lambda: _both(method=_method(type=Kind.DeepSeekV3, n_group=3, topk_group=1)), "n_group=3 with num_experts=8"),
+    ("route_and_plan", "K > E", lambda: _both(method=_method(top_k=9)), "top_k=9; accepted is 1 to"),
+    ("route_and_plan", "bias", lambda: _both(method=_method(type=Kind.MiniMax2)), "routing_bias is None but routing method MiniMax2"),
+    ("route_and_plan", "EP range", lambda: _both(local_expert_offset=6, num_local_experts=4), r"name experts \[6, 10\); accepted is a part of \[0, 8\)"),
+    ("route_and_plan", "E > int16", lambda: _both(method=_method(num_experts=40000)), "num_experts=40000; accepted is 1 to 2048"),
 
     ("gather_rows", "dtype", lambda: _gather(cache=torch.zeros(3, 8, K)), "cache is torch.float32; accepted is torch.int16"),
     ("gather_rows", "rank", lambda: _gather(cache=torch.zeros(8, K, dtype=int16)), r"cache has shape \(8, 2\); accepted is \[L, N, K\]"),
@@ -287,10 +313,11 @@ ORDER = {
     "call",
     [
         partial(route, **_route()),
+        partial(route_and_plan, **_both()),
         partial(bf16_moe, **_moe()),
         partial(bf16_routed_moe, **_routed()),
     ],
-    ids=["route", "bf16_moe", "bf16_routed_moe"],
+    ids=["route", "route_and_plan", "bf16_moe", "bf16_routed_moe"],
 )
 def test_replay_buffer_is_checked_in_order(call: Callable[..., object], name: str, first: int):
     if name not in inspect.signature(call).parameters:
