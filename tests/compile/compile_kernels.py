@@ -37,8 +37,8 @@ def compile_for_hopper(module_name: str) -> dict[str, int]:
         ordered = {argument: types[argument] for argument in kernel.arg_names}
         aligned = {
             (index,): [["tt.divisibility", 16]]
-            for index, (argument, kind) in enumerate(ordered.items())
-            if kind.startswith("*") or argument.endswith("_stride")
+            for index, kind in enumerate(ordered.values())
+            if kind.startswith("*")
         }
         binary = triton.compile(
             GluonASTSource(kernel, ordered, constexprs, aligned),

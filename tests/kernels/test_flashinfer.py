@@ -325,6 +325,16 @@ def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch):
             load_flashinfer(device)
 
 
+def test_prepared_weights_choose_the_backend_and_plain_ones_are_refused_by_it():
+    weights = prepare_weights(*_weights(), api=StandIn().api())
+    with pytest.raises(ConfigError, match="backend='flashinfer' on cpu"):
+        _plain(weights.gemm1_weights, weights.gemm2_weights)
+    with pytest.raises(ConfigError, match="make it with prepare_weights, once"):
+        _plain(*_weights(), backend="flashinfer")
+    with pytest.raises(ConfigError, match="batch_invariant is True"):
+        _plain(weights.gemm1_weights, weights.gemm2_weights, batch_invariant=True)
+
+
 def test_the_stand_in_has_every_name_that_is_used():
     names = set(inspect.signature(StandIn.trtllm_bf16_moe).parameters) - {"self"}
     assert len(names) == 26

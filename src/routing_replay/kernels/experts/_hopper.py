@@ -144,7 +144,7 @@ def _store(value, out_ptr, first_row, block, limit, ROWS: gl.constexpr, TILE: gl
 @gluon.jit
 def _multiply(
     w_desc, x, out_ptr, tokens_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr, w_smem, x_smem, bars, tile, block, expert,
-    limit, x_stride,
+    limit, x_pitch,
     ACTIVATION: gl.constexpr, GATED: gl.constexpr, GATHER: gl.constexpr, COLUMNS: gl.constexpr, WIDTH: gl.constexpr,
     ROWS: gl.constexpr, TILE: gl.constexpr, USED: gl.constexpr, BOX: gl.constexpr, DEPTH: gl.constexpr,
     STAGES: gl.constexpr, EARLY: gl.constexpr,
@@ -166,7 +166,7 @@ def _multiply(
     if GATHER:
         token = gl.load(tokens_ptr + first_row + x_rows)
         # Padding computes the first token once more; nothing reads what it gives.
-        x_rows = gl.maximum(token, 0).to(gl.int64) * x_stride
+        x_rows = gl.maximum(token, 0).to(gl.int64) * (x_pitch * 8)
     for early in gl.static_range(min(STAGES - 1, STEPS)):
         _load_tokens(x, bars, x_smem, early, early, x_rows, first_row, GATHER, USED, BOX, DEPTH, WIDTH, X_LAYOUT)  # fmt: skip
 
@@ -200,7 +200,7 @@ def _multiply(
 @gluon.jit
 def _gemm_kernel(
     w_desc, x, out_ptr, tokens_ptr, batch_ptr, limit_ptr, num_ctas_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr,
-    x_stride,
+    x_pitch,
     ACTIVATION: gl.constexpr, GATED: gl.constexpr, GATHER: gl.constexpr, BLOCKS: gl.constexpr, COLUMNS: gl.constexpr,
     WIDTH: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr, BOX: gl.constexpr, DEPTH: gl.constexpr,
     STAGES: gl.constexpr, EARLY: gl.constexpr,
@@ -230,16 +230,16 @@ def _gemm_kernel(
     expert = gl.load(batch_ptr + tile)
     limit = gl.load(limit_ptr + tile)
     if BOX == TILE:
-        _multiply(w_desc, x, out_ptr, tokens_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr, w_smem, x_smem, bars, tile, block, expert, limit, x_stride, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, TILE, BOX, DEPTH, STAGES, EARLY)  # fmt: skip
+        _multiply(w_desc, x, out_ptr, tokens_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr, w_smem, x_smem, bars, tile, block, expert, limit, x_pitch, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, TILE, BOX, DEPTH, STAGES, EARLY)  # fmt: skip
     else:  # noqa: PLR5501 -- one branch is chosen at compile time, the other on the device
         if limit - tile * TILE > BOX:
-            _multiply(w_desc, x, out_ptr, tokens_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr, w_smem, x_smem, bars, tile, block, expert, limit, x_stride, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, TILE, BOX, DEPTH, STAGES, EARLY)  # fmt: skip
+            _multiply(w_desc, x, out_ptr, tokens_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr, w_smem, x_smem, bars, tile, block, expert, limit, x_pitch, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, TILE, BOX, DEPTH, STAGES, EARLY)  # fmt: skip
         else:
-            _multiply(w_desc, x, out_ptr, tokens_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr, w_smem, x_smem, bars, tile, block, expert, limit, x_stride, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, BOX, BOX, DEPTH, STAGES, EARLY)  # fmt: skip
+            _multiply(w_desc, x, out_ptr, tokens_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr, w_smem, x_smem, bars, tile, block, expert, limit, x_pitch, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, BOX, BOX, DEPTH, STAGES, EARLY)  # fmt: skip
 
 
 _SWIZZLED_BYTES = 128
-_SPLIT_TOKENS = 128
+_SPLIT_TOKENS = 32
 
 
 def _weight_view(
@@ -353,7 +353,8 @@ def launch_gemm(
         parameters.alpha if takes_parameters else None,
         parameters.beta if takes_parameters else None,
         parameters.limit if takes_parameters else None,
-        x.stride(0),
+        # In eights, so that the compiler knows rows to start at multiples of 16 bytes.
+        x.stride(0) // 8,
         num_warps=tile.warps,
         launch_pdl=overlap,
         **constexprs,
@@ -397,7 +398,7 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any], 
             "out_ptr": "*bf16",
             **{f"{name}_ptr": "*i32" for name in ("tokens", "batch", "limit", "num_ctas")},
             **optional,
-            "x_stride": "i32",
+            "x_pitch": "i32",
         }
         cases.append((name, _gemm_kernel, signature, values, tile.warps))
     return cases

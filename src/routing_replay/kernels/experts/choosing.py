@@ -83,9 +83,11 @@ def _rule_tile(
     """Return the tile of one GEMM with `out_rows` weight rows of `depth_size` elements."""
     is_decode = tile_tokens <= _DECODE_TOKENS
     if engine == "hopper":
-        rows, depth, warps = (64, 128, 4) if is_decode else (256, 64, 8)
-        if tile_tokens > 128:
-            rows = 128
+        rows, depth, warps = (64, 128, 4) if is_decode else (128, 128, 8)
+        if (
+            tile_tokens == 128
+        ):  # a CTA reads the fewest bytes for what it multiplies where it is as high as wide
+            rows, depth = 256, 64
         least, most = 2, 8
     else:
         rows = _power_of_two_within(out_rows, 32, 64 if is_decode else 128)
@@ -125,8 +127,8 @@ def rule_config(
     """Return what the rule has for an engine and a tile of tokens.
 
     Up to 32 rows of tokens, where weights are streamed: 64 weight rows, 128 elements deep, as many stages as let two CTAs
-    share an SM. From 64 on: 128 weight rows (256 on `hopper`), 64 deep. Smaller layers get smaller tiles. `vector` has the
-    same for every layer.
+    share an SM. From 64 on: 128 weight rows, 64 deep; on `hopper` 128 deep, and from 128 on 256 weight rows, 64 deep.
+    Smaller layers get smaller tiles. `vector` has the same for every layer.
 
     Args:
         engine: One of `ENGINES`.

@@ -12,9 +12,11 @@ from routing_replay.kernels.experts.choosing import (
 from routing_replay.kernels.experts.config import ENGINES, ExpertsConfig, ExpertsShape, GemmTile
 from routing_replay.kernels.experts.limits import (
     MOST_ACCUMULATORS,
+    RESERVED_BYTES,
     accumulators,
     config_problem,
     engine_problem,
+    shared_memory_limit,
 )
 from routing_replay.kernels.experts.tables import ConfigTables
 
@@ -22,13 +24,19 @@ __all__ = ["candidates", "in_order", "with_other_tile"]
 
 _LEAST_ACCUMULATORS = 4
 _MOST_VECTOR_TOKENS = 8
+_MOST_HOPPER_STAGES = 10
 
 
-def _hopper_tiles() -> Iterator[GemmTile]:
+def _hopper_tiles(tile_tokens: int, capability: tuple[int, int]) -> Iterator[GemmTile]:
+    """As many stages as fit, with one CTA to an SM and with two: loads in flight are what hides the memory."""
+    limit = shared_memory_limit(capability) - RESERVED_BYTES
     for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
-        for depth, all_stages in ((64, (3, 4, 5, 6, 9)), (128, (2, 3, 4, 5))):
-            for stages in all_stages:
-                yield GemmTile(rows=rows, depth=depth, stages=stages, warps=warps)
+        for depth in (64, 128):
+            stage_bytes = (tile_tokens + rows) * depth * 2
+            for room in (limit // 2, limit):
+                stages = min(_MOST_HOPPER_STAGES, room // stage_bytes)
+                if stages >= 2:
+                    yield GemmTile(rows=rows, depth=depth, stages=stages, warps=warps)
 
 
 def _vector_tiles(gemm: str) -> Iterator[GemmTile]:
@@ -55,10 +63,13 @@ def _portable_tiles(tile_tokens: int) -> Iterator[GemmTile]:
                 yield GemmTile(rows=rows, depth=depth, stages=stages, warps=warps)
 
 
-def _tiles(engine: str, tile_tokens: int, gemm: str) -> list[GemmTile]:
+def _tiles(engine: str, tile_tokens: int, gemm: str, capability: tuple[int, int]) -> list[GemmTile]:
     if engine == "vector":
         return list(_vector_tiles(gemm))
-    tiles = _hopper_tiles() if engine == "hopper" else _portable_tiles(tile_tokens)
+    if engine == "hopper":
+        tiles = _hopper_tiles(tile_tokens, capability)
+    else:
+        tiles = _portable_tiles(tile_tokens)
     bounds = (_LEAST_ACCUMULATORS, MOST_ACCUMULATORS)
     return [t for t in tiles if bounds[0] <= accumulators(tile_tokens, t) <= bounds[1]]
 
@@ -94,7 +105,7 @@ def candidates(shape: ExpertsShape, capability: tuple[int, int]) -> tuple[Expert
     found += [rule_config(e, TILES_OF_TOKENS[natural], shape, capability) for e in engines]
     for engine in engines:
         for tokens in near:
-            for tile in _tiles(engine, tokens, "gemm1"):
+            for tile in _tiles(engine, tokens, "gemm1", capability):
                 found.append(
                     ExpertsConfig(engine=engine, tile_tokens=tokens, gemm1=tile, gemm2=tile)
                 )
@@ -116,7 +127,7 @@ def with_other_tile(
         Configurations that can run, each once; the given one comes first.
     """
     found = [config]
-    for tile in _tiles(config.engine, config.tile_tokens, gemm):
+    for tile in _tiles(config.engine, config.tile_tokens, gemm, capability):
         gemm1, gemm2 = (tile, config.gemm2) if gemm == "gemm1" else (config.gemm1, tile)
         found.append(
             ExpertsConfig(

@@ -13,6 +13,7 @@ __all__ = [
     "MoEShape",
     "check_experts",
     "check_given_routing",
+    "check_rank",
     "check_routing_logits",
     "checked_routing",
 ]
@@ -123,6 +124,23 @@ def _check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _FLOAT_DTYPES:
         raise ConfigError(
             f"{name} is {tensor.dtype}; accepted are torch.bfloat16 and torch.float32"
+        )
+
+
+def check_rank(hidden_states: Tensor) -> None:
+    """Check that the tokens are rows, before their sizes are read.
+
+    Args:
+        hidden_states: `[T, H]`.
+
+    Raises:
+        ConfigError: Another number of dimensions.
+
+    Runtime: host only; no sync.
+    """
+    if hidden_states.ndim != 2:
+        raise ConfigError(
+            f"hidden_states has shape {tuple(hidden_states.shape)}, expected [num_tokens, hidden_size]; flatten the tokens"
         )
 
 

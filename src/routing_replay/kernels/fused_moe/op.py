@@ -3,11 +3,13 @@
 from torch import Tensor
 
 from routing_replay.kernels.backend import Backend, choose_backend
-from routing_replay.kernels.experts import ActivationType
+from routing_replay.kernels.experts import ActivationType, SwigluParameters
 from routing_replay.kernels.experts.config import ExpertsChoice
+from routing_replay.kernels.fused_moe import flashinfer
 from routing_replay.kernels.fused_moe.checks import (
     MoEShape,
     check_experts,
+    check_rank,
     check_routing_logits,
     checked_routing,
 )
@@ -66,7 +68,8 @@ def bf16_moe(
             needs one), or to the logits as the router's own bias (Renormalize: gpt-oss; TopK; TopKSigmoid). None otherwise.
         hidden_states: `[T, H]` bfloat16 or float32.
         gemm1_weights: `[E_local, 2I, H]`, rows `[gate; up]` (`[E_local, I, H]` without a gate), in the dtype of
-            `hidden_states`, or float32 beside bfloat16 rows (same rounding; faster on a CPU without bfloat16).
+            `hidden_states`, or float32 beside bfloat16 rows (same rounding; faster on a CPU without bfloat16). Weights that
+            `prepare_weights` laid out for FlashInfer choose the backend `flashinfer`.
         gemm2_weights: `[E_local, H, I]`, dtype of `gemm1_weights`.
         num_experts: E, experts of the model on all ranks.
         top_k: K, experts per token.
@@ -118,6 +121,7 @@ def bf16_moe(
         most, with E' experts that the tokens can reach here; its size depends on shapes alone; CUDA-graph safe; bitwise
         deterministic from run to run (no atomics); nothing is launched for no tokens; no autograd.
     """
+    check_rank(hidden_states)
     shape = MoEShape(
         num_tokens=hidden_states.shape[0],
         num_experts=num_experts,
@@ -136,20 +140,22 @@ def bf16_moe(
         norm_topk_prob=norm_topk_prob,
     )
     check_routing_logits(shape, routing_logits, hidden_states)
+    if backend == Backend.FLASHINFER or flashinfer.are_prepared(gemm1_weights):
+        return flashinfer.launch(
+            routing_logits, routing_bias, hidden_states, (gemm1_weights, gemm2_weights), shape, routing,
+            activation_type=activation_type, do_finalize=do_finalize, routing_replay_out=routing_replay_out, output=output,
+            parameters=SwigluParameters(alpha=gemm1_alpha, beta=gemm1_beta, limit=gemm1_clamp_limit),
+            unsupported={
+                "routing_replay_in": routing_replay_in, "gemm1_bias": gemm1_bias, "gemm2_bias": gemm2_bias,
+                "num_fused_shared_experts": num_fused_shared_experts, "batch_invariant": batch_invariant,
+                "use_routing_scales_on_input": use_routing_scales_on_input, "config": config, "workspace": workspace,
+            },
+        )  # fmt: skip
     check_experts(
-        shape,
-        hidden_states,
-        (gemm1_weights, gemm2_weights),
-        activation_type=activation_type,
-        parameters={
-            "gemm1_alpha": gemm1_alpha,
-            "gemm1_beta": gemm1_beta,
-            "gemm1_clamp_limit": gemm1_clamp_limit,
-        },
-        biases=(gemm1_bias, gemm2_bias),
-        output=output,
-        use_routing_scales_on_input=use_routing_scales_on_input,
-    )
+        shape, hidden_states, (gemm1_weights, gemm2_weights), activation_type=activation_type,
+        parameters={"gemm1_alpha": gemm1_alpha, "gemm1_beta": gemm1_beta, "gemm1_clamp_limit": gemm1_clamp_limit},
+        biases=(gemm1_bias, gemm2_bias), output=output, use_routing_scales_on_input=use_routing_scales_on_input,
+    )  # fmt: skip
     device = hidden_states.device
     check_bias(routing_bias, routing, device)
     for name, buffer in (

@@ -6,7 +6,12 @@ from routing_replay.errors import ConfigError
 from routing_replay.kernels.backend import Backend, choose_backend
 from routing_replay.kernels.experts import ActivationType
 from routing_replay.kernels.experts.config import ExpertsChoice
-from routing_replay.kernels.fused_moe.checks import MoEShape, check_experts, check_given_routing
+from routing_replay.kernels.fused_moe.checks import (
+    MoEShape,
+    check_experts,
+    check_given_routing,
+    check_rank,
+)
 from routing_replay.kernels.fused_moe.layer import choice_text
 from routing_replay.kernels.fused_moe.registered import routed_moe_op, routed_unfinalized_op
 from routing_replay.kernels.routing.checks import check_replay_buffer
@@ -97,6 +102,7 @@ def bf16_routed_moe(
 
     Runtime: as `bf16_moe`.
     """
+    check_rank(hidden_states)
     shape = MoEShape(
         num_tokens=hidden_states.shape[0],
         num_experts=num_experts,

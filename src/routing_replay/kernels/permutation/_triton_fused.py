@@ -201,9 +201,10 @@ def _route_and_plan_kernel(
     is_pair = column < NUM_COLUMNS
     wait_for_earlier_kernel(PDL)
     turn = 0
+    table_ptr = ids_ptr
     if not ONE_TOKEN:
         turn = tl.load(workspace_ptr, volatile=True)
-    table_ptr = workspace_ptr + _HEADER + turn * TABLE
+        table_ptr = workspace_ptr + _HEADER + turn * TABLE
     picked, usable, top, total = pick_experts(
         logits_ptr, bias_ptr, replay_in_ptr, token.to(tl.int64), logits_stride, NUM_EXPERTS, TOP_K, COLUMNS_POW2, GROUPS,
         GROUPS_POW2, GROUP_SIZE_POW2, TOP_GROUPS, SCORE, BIAS, HAS_REPLAY_IN,

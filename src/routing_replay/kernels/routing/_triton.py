@@ -51,25 +51,9 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _best(keys, ids, CHUNKS: tl.constexpr):
-    """The largest key of all chunks `[N]` and the smallest id that has it."""
-    most = keys[0]
-    for chunk in tl.static_range(1, CHUNKS):
-        most = tl.maximum(most, keys[chunk])
-    best = tl.max(most, axis=0)
-    least = tl.where(keys[0] == best, ids[0], _NO_ID)
-    for chunk in tl.static_range(1, CHUNKS):
-        least = tl.minimum(least, tl.where(keys[chunk] == best, ids[chunk], _NO_ID))
-    return best, tl.min(least, axis=0)
-
-
-@triton.jit
-def _without(keys, ids, gone, CHUNKS: tl.constexpr):
-    """The keys of all chunks, one id's at the bottom."""
-    rest = ()
-    for chunk in tl.static_range(CHUNKS):
-        rest = rest + (tl.where(ids[chunk] == gone, _NO_KEY, keys[chunk]),)  # noqa: RUF005
-    return rest
+def _best_id(keys, ids):
+    """The smallest id that has the largest key of `[N]`."""
+    return tl.min(tl.where(keys == tl.max(keys, axis=0), ids, _NO_ID), axis=0)
 
 
 @triton.jit
@@ -84,38 +68,25 @@ def _softmax(logits, is_expert):
 
 
 @triton.jit
-def _best_groups(
-    keys, ids, NUM_EXPERTS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, TOP_GROUPS: tl.constexpr
+def _keep_best_groups(
+    keys, GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, GROUP_SIZE_POW2: tl.constexpr, TOP_GROUPS: tl.constexpr
 ):  # fmt: skip
-    """The chunks of the best groups alone, so that every expert inside wins over every one outside."""
-    GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
+    """Make the experts outside the best groups lose to every expert inside, minus infinity among them."""
+    grouped = tl.reshape(keys, (GROUPS_POW2, GROUP_SIZE_POW2))
+    first = tl.max(grouped, axis=1)
+    is_first = grouped == first[:, None]
+    # The second is the first again where two have it.
+    others = tl.max(tl.where(is_first, _NO_KEY, grouped), axis=1)
+    second = tl.where(tl.sum(is_first.to(tl.int32), axis=1) > 1, first, others)
     group = tl.arange(0, GROUPS_POW2)
-    scores = tl.full((GROUPS_POW2,), _NO_KEY, tl.int32)
-    each = ()
-    for chunk in tl.static_range(GROUPS):
-        first, first_id = _best((keys[chunk],), (ids[chunk],), 1)
-        second = tl.max(tl.where(ids[chunk] == first_id, _NO_KEY, keys[chunk]), axis=0)
-        score = _order_key(_key_value(first) + _key_value(second))
-        scores = tl.where(group == chunk, score, scores)
-        each = each + (score,)  # noqa: RUF005
-    ranks = ()
-    for chunk in tl.static_range(GROUPS):
-        # Counted, not searched for: the groups' ranks do not wait for each other.
-        is_ahead = (scores > each[chunk]) | ((scores == each[chunk]) & (group < chunk))
-        ranks = ranks + (tl.sum(is_ahead.to(tl.int32), axis=0),)  # noqa: RUF005
-    kept = ()
-    kept_ids = ()
-    slot = tl.arange(0, keys[0].shape[0])
-    for rank in tl.static_range(TOP_GROUPS):
-        chosen = keys[0]
-        number = 0
-        for chunk in tl.static_range(1, GROUPS):
-            chosen = tl.where(ranks[chunk] == rank, keys[chunk], chosen)
-            number = tl.where(ranks[chunk] == rank, chunk, number)
-        kept = kept + (chosen,)  # noqa: RUF005
-        expert = tl.where(slot < GROUP_SIZE, number * GROUP_SIZE + slot, NUM_EXPERTS + slot)
-        kept_ids = kept_ids + (expert,)  # noqa: RUF005
-    return kept, kept_ids
+    score = _order_key(_key_value(first) + _key_value(second))
+    score = tl.where(group < GROUPS, score, _NO_KEY)
+    # Counted, not searched for: the groups' ranks do not wait for each other.
+    is_larger = score[None, :] > score[:, None]
+    is_earlier = (score[None, :] == score[:, None]) & (group[None, :] < group[:, None])
+    rank = tl.sum((is_larger | is_earlier).to(tl.int32), axis=1)
+    kept = tl.where((rank < TOP_GROUPS)[:, None], grouped, _NO_KEY)
+    return tl.reshape(kept, keys.shape)
 
 
 @triton.jit
@@ -140,43 +111,39 @@ def pick_experts(
 ):  # fmt: skip
     """Pick or take a row's ids `[COLUMNS_POW2]`, and tell which count; for softmax, also its largest logit and the sum.
 
-    SCORE: 0 logits, 1 softmax, 2 sigmoid. BIAS: 0 none, 1 on scores for selection, 2 on logits. Each group is a chunk.
+    SCORE: 0 logits, 1 softmax, 2 sigmoid. BIAS: 0 none, 1 on scores for selection, 2 on logits. Each group has its own slots.
     """
     GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
+    slot = tl.arange(0, GROUPS_POW2 * GROUP_SIZE_POW2)
+    in_group = slot % GROUP_SIZE_POW2
+    expert = (slot // GROUP_SIZE_POW2) * GROUP_SIZE + in_group
+    is_expert = (in_group < GROUP_SIZE) & (slot // GROUP_SIZE_POW2 < GROUPS)
+    at = logits_ptr + row * logits_stride + expert
+    scores = tl.load(at, mask=is_expert, other=-float("inf")).to(tl.float32)
+    bias = tl.zeros(slot.shape, tl.float32)
+    if BIAS != 0:
+        bias = tl.load(bias_ptr + expert, mask=is_expert, other=0.0).to(tl.float32)
     top = 0.0
     total = 0.0
-    keys = ()
-    ids = ()
-    slot = tl.arange(0, GROUP_SIZE_POW2)
-    is_expert = slot < GROUP_SIZE
-    row_ptr = logits_ptr + row * logits_stride + slot
-    for group in tl.static_range(GROUPS):
-        expert = group * GROUP_SIZE + slot
-        logits = tl.load(row_ptr + group * GROUP_SIZE, mask=is_expert, other=-float("inf"))
-        scores = logits.to(tl.float32)
-        if BIAS != 0:
-            bias = tl.load(bias_ptr + slot + group * GROUP_SIZE, mask=is_expert, other=0.0).to(
-                tl.float32
-            )
-        if BIAS == 2:
-            scores += bias
-        if SCORE == 1:
-            scores, top, total = _softmax(scores, is_expert)  # of the only group
-        if SCORE == 2:
-            scores = _sigmoid(scores)
-        if BIAS == 1:
-            scores += bias
-        keys = keys + (tl.where(is_expert, _order_key(scores), _NO_KEY),)  # noqa: RUF005
-        # A slot that is no expert must lose every tie.
-        ids = ids + (tl.where(is_expert, expert, NUM_EXPERTS + slot),)  # noqa: RUF005
+    if BIAS == 2:
+        scores += bias
+    if SCORE == 1:
+        scores, top, total = _softmax(scores, is_expert)
+    if SCORE == 2:
+        scores = _sigmoid(scores)
+    if BIAS == 1:
+        scores += bias
+    keys = tl.where(is_expert, _order_key(scores), _NO_KEY)
+    # A slot that is no expert must lose every tie.
+    ids = tl.where(is_expert, expert, NUM_EXPERTS + slot)
     if GROUPS > 1:
-        keys, ids = _best_groups(keys, ids, NUM_EXPERTS, GROUPS, GROUPS_POW2, TOP_GROUPS)
+        keys = _keep_best_groups(keys, GROUPS, GROUPS_POW2, GROUP_SIZE_POW2, TOP_GROUPS)
     column = tl.arange(0, COLUMNS_POW2)
     picked = tl.zeros((COLUMNS_POW2,), tl.int32)
     for rank in tl.static_range(TOP_K):
-        _best_key, best_id = _best(keys, ids, TOP_GROUPS)
-        picked = tl.where(column == rank, best_id, picked)
-        keys = _without(keys, ids, best_id, TOP_GROUPS)
+        best = _best_id(keys, ids)
+        picked = tl.where(column == rank, best, picked)
+        keys = tl.where(ids == best, _NO_KEY, keys)
     usable = column < TOP_K
     if HAS_REPLAY_IN:
         picked, usable = _force(picked, replay_in_ptr, row, column, usable, NUM_EXPERTS, TOP_K)
@@ -320,6 +287,7 @@ def route_constexprs(
         Values by name.
     """
     group_size = method.num_experts // method.n_group
+    groups_pow2 = triton.next_power_of_2(method.n_group)
     return {
         "NUM_EXPERTS": method.num_experts,
         "TOP_K": method.top_k,
@@ -327,8 +295,8 @@ def route_constexprs(
         # A warp at least where columns are compared: it reduces integers in one instruction.
         "COLUMNS_POW2": max(_WARP if has_in else 1, triton.next_power_of_2(method.num_columns)),
         "GROUPS": method.n_group,
-        "GROUPS_POW2": max(_WARP, triton.next_power_of_2(method.n_group)),
-        "GROUP_SIZE_POW2": max(_WARP, triton.next_power_of_2(group_size)),
+        "GROUPS_POW2": groups_pow2,
+        "GROUP_SIZE_POW2": max(_WARP // groups_pow2, triton.next_power_of_2(group_size)),
         "TOP_GROUPS": method.topk_group,
         "SCORE": _SCORE.get(method.type, 0),
         "WEIGHT": _WEIGHT.get(method.type, 0),

@@ -57,6 +57,12 @@ def fused_topk_deepseek(
     num_tokens, num_experts = _checked_shape(scores, bias)
     _check_limits(num_experts, n_group, topk_group, topk)
     _check_outputs(scores, topk_values, topk_indices, routing_replay_out, num_tokens, topk)
+    for name, tensor in (("bias", bias), ("topk_values", topk_values), ("topk_indices", topk_indices),
+                         ("routing_replay_out", routing_replay_out)):  # fmt: skip
+        if tensor is not None and tensor.device != scores.device:
+            raise ConfigError(
+                f"{name} is on {tensor.device}, expected {scores.device}; use one device"
+            )
     method = RoutingMethod(
         type=RoutingMethodType.DeepSeekV3,
         num_experts=num_experts,
@@ -95,6 +101,8 @@ def _checked_shape(scores: Tensor, bias: Tensor) -> tuple[int, int]:
         )
     if scores.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(f"scores is {scores.dtype}; accepted are bfloat16, float16 and float32")
+    if not bias.is_floating_point():
+        raise ConfigError(f"bias is {bias.dtype}; accepted are floating-point numbers")
     if tuple(bias.shape) != (scores.shape[1],) or not bias.is_contiguous():
         raise ConfigError(
             f"bias has shape {tuple(bias.shape)}, expected [{scores.shape[1]}], contiguous"
