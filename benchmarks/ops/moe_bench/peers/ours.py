@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_bench.data import LayerInput, LayerWeights
 from moe_bench.peers.contract import Configuration, LayerCall
 from moe_bench.shapes import LayerShape
-from routing_replay.kernels import bf16_moe
+from routing_replay.kernels import bf16_moe, route_and_plan_workspace
 from routing_replay.kernels.experts.choosing import choose_config
 from routing_replay.kernels.experts.config import ExpertsShape
 
@@ -22,6 +22,7 @@ class Ours:
         self.name = "ours_recording" if is_recording else "ours"
         self._is_recording = is_recording
         self._backend = backend
+        self._workspaces: dict[int, Tensor] = {}
 
     def refusal(self, shape: LayerShape, num_tokens: int) -> str | None:
         """Nothing is refused."""
@@ -60,6 +61,12 @@ class Ours:
         if self._is_recording:
             recorded = torch.full(given.topk_ids.shape, -1, dtype=torch.int16, device=given.x.device)  # fmt: skip
         routing = shape.routing
+        # One for all layers, as an engine has it: they follow each other on one stream.
+        if self._backend == "triton" and shape.num_local_experts not in self._workspaces:
+            self._workspaces[shape.num_local_experts] = route_and_plan_workspace(
+                shape.num_local_experts, device=given.x.device
+            )
+        workspace = self._workspaces.get(shape.num_local_experts)
 
         def run() -> Tensor:
             output = bf16_moe(
@@ -79,6 +86,7 @@ class Ours:
                 routing.type,
                 routing_replay_out=recorded,
                 backend=self._backend,
+                workspace=workspace,
             )
             assert isinstance(output, Tensor)
             return output
