@@ -264,7 +264,9 @@ def run_tune(options: TuneOptions) -> int:
     device, l2_bytes = cuda_device(options.device)
     table = _table(options.out, device)
     made_with = versions("torch", "triton")
-    commit = made_with.pop("commit", f"routing-replay {made_with['routing-replay']}")
+    commit = made_with.pop(
+        "commit", f"routing-replay {made_with.get('routing-replay', 'not installed')}"
+    )
     tuned: list[TunedTokens] = []
     with torch.cuda.device(options.device):
         copies = LayerCopies(
