@@ -28,7 +28,7 @@ _DECODE_TOKENS = (
     32  # up to this tile, a GEMM streams weights and its tile of tokens costs next to nothing
 )
 _LEAST_CAPABILITY = (8, 0)
-_VECTOR_TOKENS = 4
+_VECTOR_TOKENS = 8
 
 
 def rule_tile_tokens(shape: ExpertsShape) -> int:
@@ -106,8 +106,8 @@ def _rule_tile(
 
 
 def _vector_tile1(shape: ExpertsShape) -> GemmTile:
-    depth = _power_of_two_within(shape.hidden_size, 16, 1024)
-    return GemmTile(rows=16 if shape.is_gated else 8, depth=depth, stages=1, warps=8)
+    depth = _power_of_two_within(shape.hidden_size, 16, 2048)
+    return GemmTile(rows=8 if shape.is_gated else 4, depth=depth, stages=1, warps=4)
 
 
 def _vector_tile2(shape: ExpertsShape) -> GemmTile:
@@ -117,7 +117,7 @@ def _vector_tile2(shape: ExpertsShape) -> GemmTile:
 
 def _suits_vector(shape: ExpertsShape) -> bool:
     """Whether pairs that read their weights one by one read hardly more than the experts touched."""
-    few = shape.num_tokens <= _VECTOR_TOKENS and shape.num_tokens * shape.top_k * 4 <= shape.num_routed_over  # fmt: skip
+    few = shape.num_tokens <= _VECTOR_TOKENS and shape.num_tokens * shape.top_k * 2 <= shape.num_routed_over  # fmt: skip
     return shape.num_tokens <= 1 or few
 
 

@@ -32,9 +32,8 @@ MOST_ACCUMULATORS = 128
 _MOST_STAGES = 12
 _VECTOR_TILE = {"rows": (1, 64), "depth": (16, 4096), "warps": (1, 8)}
 _MOST_VECTOR_STAGES = 64
-RESERVED_BYTES = (
-    2304  # barriers, and what the end of a GEMM exchanges: up to 2104 bytes on `hopper`
-)
+# Barriers, and what the end of a GEMM exchanges: up to 4128 bytes on `hopper`.
+RESERVED_BYTES = 4608
 
 # Shared memory that one CTA may opt in to: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 _SMALL_SHARED_MEMORY = 99 * 1024

@@ -19,6 +19,9 @@ __all__ = [
 ]
 
 _MAX_INT16 = torch.iinfo(torch.int16).max
+# Plain integers: torch.compile of some versions cannot follow a search among members of an enumeration.
+_METHOD_NUMBERS = tuple(item.value for item in RoutingMethodType)
+_ACTIVATION_NUMBERS = tuple(item.value for item in ActivationType)
 _FLOAT_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -103,7 +106,7 @@ def checked_routing(
 
     Runtime: host only; no sync.
     """
-    if routing_method_type not in tuple(RoutingMethodType):
+    if int(routing_method_type) not in _METHOD_NUMBERS:
         accepted = ", ".join(f"{item.name} ({item.value})" for item in RoutingMethodType)
         raise ConfigError(
             f"routing_method_type={routing_method_type} is not supported; accepted are {accepted}"
@@ -254,7 +257,7 @@ def check_experts(
 
     Runtime: host only; no sync.
     """
-    if activation_type not in tuple(ActivationType):
+    if int(activation_type) not in _ACTIVATION_NUMBERS:
         accepted = ", ".join(f"{item.name} ({item.value})" for item in ActivationType)
         raise ConfigError(
             f"activation_type={activation_type} is not supported; accepted are {accepted}"

@@ -51,16 +51,6 @@ def _bits_in(words):
 
 
 @triton.jit
-def _first_of_their_kind(expert, is_pair, NUM_COLUMNS: tl.constexpr):
-    """Pairs whose expert no earlier column has."""
-    column = tl.arange(0, expert.shape[0])
-    for earlier in tl.static_range(NUM_COLUMNS - 1):
-        other = tl.sum(tl.where(column == earlier, expert, 0), axis=0)
-        is_pair = is_pair & ~((column > earlier) & (expert == other))
-    return is_pair
-
-
-@triton.jit
 def _finish_pairs(
     expanded_ptr, tokens_ptr, batch_ptr, limit_ptr, num_ctas_ptr, total_ptr, token, pair, is_pair, is_here, local,
     first_tile, count, rank, total_tiles, PAIRS_POW2: tl.constexpr, TILE: tl.constexpr, TILE_POW2: tl.constexpr,
@@ -207,16 +197,13 @@ def _route_and_plan_kernel(
         table_ptr = workspace_ptr + _HEADER + turn * TABLE
     picked, usable, top, total = pick_experts(
         logits_ptr, bias_ptr, replay_in_ptr, token.to(tl.int64), logits_stride, NUM_EXPERTS, TOP_K, COLUMNS_POW2, GROUPS,
-        GROUPS_POW2, GROUP_SIZE_POW2, TOP_GROUPS, SCORE, BIAS, HAS_REPLAY_IN,
+        GROUPS_POW2, GROUP_SIZE_POW2, TOP_GROUPS, SCORE, BIAS, HAS_REPLAY_IN, NUM_SHARED,
     )  # fmt: skip
     expert = with_shared(picked, NUM_EXPERTS, TOP_K)
     local = expert - offset
     is_here = is_pair & (local >= 0) & (local < NUM_LOCAL)
-    if HAS_REPLAY_IN and NUM_SHARED == 0:
-        is_here = is_here & usable
-    if HAS_REPLAY_IN and NUM_SHARED > 0:
-        # A forced id may be a shared expert's: no expert of the router's, but the plan's.
-        is_here = is_here & _first_of_their_kind(expert, is_pair, NUM_COLUMNS)
+    if HAS_REPLAY_IN:
+        is_here = is_here & (usable | (column >= TOP_K))
     if not ONE_TOKEN and STAGE != 2:
         # Before the weights: the others' programs see the marks while this one computes.
         _mark(table_ptr, local, is_here, is_pair, token, BINS, CAN_MISS)

@@ -90,11 +90,13 @@ def _keep_best_groups(
 
 
 @triton.jit
-def _force(picked, replay_in_ptr, row, column, is_picked, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr):  # fmt: skip
+def _force(picked, replay_in_ptr, row, column, is_picked, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, NUM_SHARED: tl.constexpr):  # fmt: skip
     """Given ids in place of picked ones, and which of them count: in range, and the first of their kind."""
     given_ptr = replay_in_ptr + row * TOP_K
     given = tl.load(given_ptr + column, mask=is_picked, other=-1).to(tl.int32)
     picked = tl.where(tl.load(given_ptr) == -1, picked, given)
+    # A row's shared experts have columns of their own, which a given id must not take for itself.
+    picked = tl.where((picked >= NUM_EXPERTS) & (picked < NUM_EXPERTS + NUM_SHARED), -1, picked)
     usable = is_picked & (picked >= 0) & (picked < NUM_EXPERTS)
     for earlier in tl.static_range(TOP_K - 1):
         other = tl.sum(tl.where(column == earlier, picked, 0), axis=0)
@@ -107,7 +109,7 @@ def pick_experts(
     logits_ptr, bias_ptr, replay_in_ptr, row, logits_stride,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, COLUMNS_POW2: tl.constexpr,
     GROUPS: tl.constexpr, GROUPS_POW2: tl.constexpr, GROUP_SIZE_POW2: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    SCORE: tl.constexpr, BIAS: tl.constexpr, HAS_REPLAY_IN: tl.constexpr,
+    SCORE: tl.constexpr, BIAS: tl.constexpr, HAS_REPLAY_IN: tl.constexpr, NUM_SHARED: tl.constexpr,
 ):  # fmt: skip
     """Pick or take a row's ids `[COLUMNS_POW2]`, and tell which count; for softmax, also its largest logit and the sum.
 
@@ -146,7 +148,9 @@ def pick_experts(
         keys = tl.where(ids == best, _NO_KEY, keys)
     usable = column < TOP_K
     if HAS_REPLAY_IN:
-        picked, usable = _force(picked, replay_in_ptr, row, column, usable, NUM_EXPERTS, TOP_K)
+        picked, usable = _force(
+            picked, replay_in_ptr, row, column, usable, NUM_EXPERTS, TOP_K, NUM_SHARED
+        )
     return picked, usable, top, total
 
 
@@ -236,7 +240,7 @@ def _route_kernel(
     wait_for_earlier_kernel(PDL)
     picked, usable, top, total = pick_experts(
         logits_ptr, bias_ptr, replay_in_ptr, row, logits_stride, NUM_EXPERTS, TOP_K, COLUMNS_POW2, GROUPS, GROUPS_POW2,
-        GROUP_SIZE_POW2, TOP_GROUPS, SCORE, BIAS, HAS_REPLAY_IN,
+        GROUP_SIZE_POW2, TOP_GROUPS, SCORE, BIAS, HAS_REPLAY_IN, NUM_SHARED,
     )  # fmt: skip
     store_row(
         logits_ptr, bias_ptr, weights_ptr, ids_ptr, replay_out_ptr, row, logits_stride, scale, picked, usable, top, total,

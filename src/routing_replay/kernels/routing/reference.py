@@ -122,8 +122,8 @@ def route_reference(
 
     Returns:
         `topk_weights` float32 `[T, K + S]` and `topk_ids` int64 `[T, K + S]`, columns in rank order (native rows) or as
-        given (forced rows). Ids of forced rows are returned as given, also where they are out of range. The last S
-        columns are the fused shared experts, E to E+S-1, with weight 1.
+        given (forced rows). Ids of forced rows are returned as given, also where they are out of range, but -1 for one
+        of a fused shared expert. The last S columns are these, E to E+S-1, with weight 1.
 
     Runtime: no host sync; allocates O(T*E); CUDA-graph safe; bitwise deterministic; differentiable in `router_logits`.
     """
@@ -138,6 +138,11 @@ def route_reference(
     else:
         given = routing_replay_in[:num_tokens].long()
         topk_ids = torch.where(given[:, :1] == -1, topk_ids, given)
+        # A row's shared experts have columns of their own, which a given id must not take for itself.
+        is_shared = (topk_ids >= num_experts) & (
+            topk_ids < num_experts + method.num_fused_shared_experts
+        )
+        topk_ids = topk_ids.masked_fill(is_shared, -1)
         usable = usable_ids(topk_ids, num_experts)
     weights = _weights(scores, topk_ids, usable, method)
     if not method.num_fused_shared_experts:
