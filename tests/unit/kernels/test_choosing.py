@@ -15,8 +15,8 @@ from routing_replay.kernels.experts.config import (
     GemmTile,
 )
 from routing_replay.kernels.experts.limits import (
-    RESERVED_BYTES,
     config_problem,
+    reserved_bytes,
     shared_memory_bytes,
     shared_memory_limit,
 )
@@ -310,14 +310,20 @@ def test_shared_memory_is_what_the_compiler_takes():
         (AMPERE, 32, GemmTile(rows=64, depth=256, stages=3, warps=4)): 98304,
     }
     for (capability, tokens, tile), needed in compiled.items():
-        assert shared_memory_bytes(tokens, tile, 2, capability) == needed + RESERVED_BYTES
+        assert shared_memory_bytes(tokens, tile, 2, capability) == needed + reserved_bytes(
+            tile.warps
+        )
     on_hopper = {
         (128, GemmTile(rows=128, depth=64, stages=6, warps=4)): 198704,
         (64, GemmTile(rows=128, depth=64, stages=8, warps=4)): 196672,
         (16, GemmTile(rows=64, depth=64, stages=12, warps=4)): 122976,
     }
     for (tokens, tile), needed in on_hopper.items():
-        assert needed <= shared_memory_bytes(tokens, tile, 2, HOPPER) <= needed + RESERVED_BYTES
+        assert (
+            needed
+            <= shared_memory_bytes(tokens, tile, 2, HOPPER)
+            <= needed + reserved_bytes(tile.warps)
+        )
 
 
 def test_hopper_is_refused_for_rows_that_no_tensor_map_takes():

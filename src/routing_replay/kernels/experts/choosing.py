@@ -11,9 +11,9 @@ from routing_replay.kernels.experts.config import (
     GemmTile,
 )
 from routing_replay.kernels.experts.limits import (
-    RESERVED_BYTES,
     config_problem,
     engine_problem,
+    reserved_bytes,
     shared_memory_limit,
     stages_in_memory,
 )
@@ -55,7 +55,13 @@ def _power_of_two_within(value: int, least: int, most: int) -> int:
 
 
 def _stages(
-    stage_bytes: int, num_steps: int, capability: tuple[int, int], *, least: int, most: int
+    stage_bytes: int,
+    num_steps: int,
+    capability: tuple[int, int],
+    *,
+    warps: int,
+    least: int,
+    most: int,
 ) -> int:
     """Return how many steps are in flight: as many as leave room for a second CTA, and no more than there are steps."""
     limit, stages = shared_memory_limit(capability), least
@@ -63,7 +69,7 @@ def _stages(
         fitting = [
             count
             for count in range(least, most + 1)
-            if stages_in_memory(count, capability) * stage_bytes + RESERVED_BYTES <= room
+            if stages_in_memory(count, capability) * stage_bytes + reserved_bytes(warps) <= room
         ]
         stages = max(fitting, default=least)
         if stages >= 3:
@@ -99,6 +105,7 @@ def _rule_tile(
         (tile_tokens + rows) * depth * element_bytes,
         -(-depth_size // depth),
         capability,
+        warps=warps,
         least=least,
         most=most,
     )

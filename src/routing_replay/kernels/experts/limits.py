@@ -6,10 +6,10 @@ __all__ = [
     "HOPPER_LEAST",
     "HOPPER_MULTIPLE",
     "MOST_ACCUMULATORS",
-    "RESERVED_BYTES",
     "accumulators",
     "config_problem",
     "engine_problem",
+    "reserved_bytes",
     "shared_memory_bytes",
     "shared_memory_limit",
     "stages_in_memory",
@@ -32,8 +32,6 @@ MOST_ACCUMULATORS = 128
 _MOST_STAGES = 12
 _VECTOR_TILE = {"rows": (1, 64), "depth": (16, 4096), "warps": (1, 8)}
 _MOST_VECTOR_STAGES = 64
-# Barriers, and what the end of a GEMM exchanges: up to 4128 bytes on `hopper`.
-RESERVED_BYTES = 4608
 
 # Shared memory that one CTA may opt in to: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 _SMALL_SHARED_MEMORY = 99 * 1024
@@ -79,6 +77,18 @@ def stages_in_memory(stages: int, capability: tuple[int, int]) -> int:
     return max(1, stages - 1) if capability[0] == 8 else stages
 
 
+def reserved_bytes(warps: int) -> int:
+    """Return what a CTA needs beside the steps in flight: barriers, and what the end of a GEMM exchanges between warps.
+
+    Args:
+        warps: Of the CTA.
+
+    Returns:
+        Bytes: an upper bound of what the compiler takes on `hopper`, 2104 for 4 warps and 4160 for 8.
+    """
+    return 256 + 512 * warps
+
+
 def shared_memory_bytes(
     tile_tokens: int, tile: GemmTile, element_bytes: int, capability: tuple[int, int]
 ) -> int:
@@ -94,7 +104,7 @@ def shared_memory_bytes(
         Bytes.
     """
     stage = (tile_tokens + tile.rows) * tile.depth * element_bytes
-    return stage * stages_in_memory(tile.stages, capability) + RESERVED_BYTES
+    return stage * stages_in_memory(tile.stages, capability) + reserved_bytes(tile.warps)
 
 
 def _is_power_of_two(value: int) -> bool:

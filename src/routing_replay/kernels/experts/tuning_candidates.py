@@ -12,10 +12,10 @@ from routing_replay.kernels.experts.choosing import (
 from routing_replay.kernels.experts.config import ENGINES, ExpertsConfig, ExpertsShape, GemmTile
 from routing_replay.kernels.experts.limits import (
     MOST_ACCUMULATORS,
-    RESERVED_BYTES,
     accumulators,
     config_problem,
     engine_problem,
+    reserved_bytes,
     shared_memory_limit,
 )
 from routing_replay.kernels.experts.tables import ConfigTables
@@ -29,12 +29,13 @@ _MOST_HOPPER_STAGES = 10
 
 def _hopper_tiles(tile_tokens: int, capability: tuple[int, int]) -> Iterator[GemmTile]:
     """As many stages as fit, with one CTA to an SM and with two: loads in flight are what hides the memory."""
-    limit = shared_memory_limit(capability) - RESERVED_BYTES
     for rows, warps in ((64, 4), (128, 4), (128, 8), (256, 8)):
+        limit = shared_memory_limit(capability)
         for depth in (64, 128):
             stage_bytes = (tile_tokens + rows) * depth * 2
             for room in (limit // 2, limit):
-                stages = min(_MOST_HOPPER_STAGES, room // stage_bytes)
+                free = room - reserved_bytes(warps)
+                stages = min(_MOST_HOPPER_STAGES, free // stage_bytes)
                 if stages >= 2:
                     yield GemmTile(rows=rows, depth=depth, stages=stages, warps=warps)
 
