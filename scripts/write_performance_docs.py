@@ -28,8 +28,11 @@ RECORDING = "ours_recording"
 def source_line(name: str, record: Row, *, cells: str = "") -> str:
     """Name the hardware, versions and commit of a result."""
     device = record.get("device") or record["gpu"]
+    commit = str(record["commit"])[:12]
+    if "times_commit" in record:  # checked again after a change that no timed case runs
+        commit += f", timed at commit {str(record['times_commit'])[:12]}"
     return (
-        f"{device}, torch {record['torch']}, Triton {record['triton']}, commit {str(record['commit'])[:12]}{cells}; "
+        f"{device}, torch {record['torch']}, Triton {record['triton']}, commit {commit}{cells}; "
         f"[{name}](results/{name})."
     )
 

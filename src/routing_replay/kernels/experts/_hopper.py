@@ -45,7 +45,10 @@ def _sigmoid(x):
 
 
 @gluon.jit
-def _load_weights(w_desc, bars, w_smem, step, slot, expert, block, GATED: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr, BYTES: gl.constexpr, pred):  # fmt: skip
+def _load_weights(
+    w_desc, bars, w_smem, step, slot, expert, block, pred, GATED: gl.constexpr, ROWS: gl.constexpr, DEPTH: gl.constexpr,
+    BYTES: gl.constexpr,
+):  # fmt: skip
     """Start one step's weights; `BYTES` counts what the barrier waits for beside cp.async."""
     bar = bars.index(slot)
     mbarrier.expect(bar, BYTES, pred=pred)
@@ -57,7 +60,10 @@ def _load_weights(w_desc, bars, w_smem, step, slot, expert, block, GATED: gl.con
 
 
 @gluon.jit
-def _load_tokens(x, bars, x_smem, step, slot, x_rows, first_row, GATHER: gl.constexpr, USED: gl.constexpr, BOX: gl.constexpr, DEPTH: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+def _load_tokens(
+    x, bars, x_smem, step, slot, x_rows, first_row, GATHER: gl.constexpr, USED: gl.constexpr, BOX: gl.constexpr,
+    DEPTH: gl.constexpr, WIDTH: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
     """Start one step's tokens: gathered rows by cp.async of all threads, rows that follow each other by TMA."""
     bar = bars.index(slot)
     if GATHER:
@@ -78,9 +84,10 @@ def _load_tokens(x, bars, x_smem, step, slot, x_rows, first_row, GATHER: gl.cons
 
 
 @gluon.jit
-def _gated(acc, alpha_ptr, beta_ptr, clamp_ptr, bias_ptr, expert, block, ACTIVATION: gl.constexpr, ROWS: gl.constexpr,
-           TILE: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+def _gated(acc, optional, expert, block, ACTIVATION: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr,
+           COLUMNS: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """Rows of gate and up by eights, float32 `[ROWS, TILE]`, to activated `[ROWS / 2, TILE]`."""
+    bias_ptr, alpha_ptr, beta_ptr, clamp_ptr = optional
     gate, up = acc.reshape([ROWS // 16, 2, _PAIR, TILE]).permute([0, 2, 3, 1]).split()
     # The reference rounds what a GEMM gives before anything else sees it.
     gate = gate.reshape([ROWS // 2, TILE]).to(DTYPE).to(gl.float32)
@@ -130,7 +137,10 @@ def _plain(acc, bias_ptr, expert, block, ACTIVATION: gl.constexpr, ROWS: gl.cons
 
 
 @gluon.jit
-def _store(value, out_ptr, first_row, block, limit, ROWS: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+def _store(
+    value, out_ptr, first_row, block, limit, ROWS: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr,
+    DTYPE: gl.constexpr,
+):  # fmt: skip
     """Store `[ROWS, TILE]` transposed: row t of the tile, columns from `block * ROWS` on."""
     lanes: gl.constexpr = min(ROWS // 8, 16)
     layout: gl.constexpr = gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, gl.num_warps()], [0, 1])  # fmt: skip
@@ -143,13 +153,27 @@ def _store(value, out_ptr, first_row, block, limit, ROWS: gl.constexpr, TILE: gl
 
 @gluon.jit
 def _multiply(
-    w_desc, x, out_ptr, tokens_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr, w_smem, x_smem, bars, tile, block, expert,
-    limit, x_pitch,
+    shared,
     ACTIVATION: gl.constexpr, GATED: gl.constexpr, GATHER: gl.constexpr, COLUMNS: gl.constexpr, WIDTH: gl.constexpr,
-    ROWS: gl.constexpr, TILE: gl.constexpr, USED: gl.constexpr, BOX: gl.constexpr, DEPTH: gl.constexpr,
-    STAGES: gl.constexpr, EARLY: gl.constexpr,
+    ROWS: gl.constexpr, TILE: gl.constexpr, BOX: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr,
+    EARLY: gl.constexpr, USED: gl.constexpr,
 ):  # fmt: skip
     """The first `USED` rows of a tile times a block of weight rows."""
+    (
+        w_desc,
+        x,
+        out_ptr,
+        tokens_ptr,
+        w_smem,
+        x_smem,
+        bars,
+        tile,
+        block,
+        expert,
+        limit,
+        x_pitch,
+        optional,
+    ) = shared
     DTYPE: gl.constexpr = w_desc.dtype
     STEPS: gl.constexpr = (WIDTH + DEPTH - 1) // DEPTH
     OUT_ROWS: gl.constexpr = ROWS // 2 if GATED else ROWS
@@ -157,7 +181,9 @@ def _multiply(
     BYTES: gl.constexpr = W_BYTES if GATHER else W_BYTES + USED * DEPTH * 2
     X_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     for early in gl.static_range(min(STAGES - 1, STEPS)):
-        _load_weights(w_desc, bars, w_smem, early, early, expert, block, GATED, ROWS, DEPTH, BYTES, True)  # fmt: skip
+        _load_weights(
+            w_desc, bars, w_smem, early, early, expert, block, True, GATED, ROWS, DEPTH, BYTES
+        )
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -168,9 +194,23 @@ def _multiply(
         # Padding computes the first token once more; nothing reads what it gives.
         x_rows = gl.maximum(token, 0).to(gl.int64) * (x_pitch * 8)
     for early in gl.static_range(min(STAGES - 1, STEPS)):
-        _load_tokens(x, bars, x_smem, early, early, x_rows, first_row, GATHER, USED, BOX, DEPTH, WIDTH, X_LAYOUT)  # fmt: skip
+        _load_tokens(
+            x,
+            bars,
+            x_smem,
+            early,
+            early,
+            x_rows,
+            first_row,
+            GATHER,
+            USED,
+            BOX,
+            DEPTH,
+            WIDTH,
+            X_LAYOUT,
+        )
 
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, USED, 16])  # fmt: skip
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, USED, 16])
     sums = gl.zeros([ROWS, USED], gl.float32, layout=SUMS)
     for step in range(STEPS):
         slot = step % STAGES
@@ -186,14 +226,31 @@ def _multiply(
         _barrier()
         ahead = step + STAGES - 1
         has_more = ahead < STEPS
-        _load_weights(w_desc, bars, w_smem, ahead, ahead % STAGES, expert, block, GATED, ROWS, DEPTH, BYTES, has_more)  # fmt: skip
+        free = ahead % STAGES
+        _load_weights(
+            w_desc, bars, w_smem, ahead, free, expert, block, has_more, GATED, ROWS, DEPTH, BYTES
+        )
         if has_more:
-            _load_tokens(x, bars, x_smem, ahead, ahead % STAGES, x_rows, first_row, GATHER, USED, BOX, DEPTH, WIDTH, X_LAYOUT)  # fmt: skip
+            _load_tokens(
+                x,
+                bars,
+                x_smem,
+                ahead,
+                free,
+                x_rows,
+                first_row,
+                GATHER,
+                USED,
+                BOX,
+                DEPTH,
+                WIDTH,
+                X_LAYOUT,
+            )
     sums = warpgroup_mma_wait(0, deps=(sums,))
     if GATED:
-        value = _gated(sums, alpha_ptr, beta_ptr, clamp_ptr, bias_ptr, expert, block, ACTIVATION, ROWS, USED, COLUMNS, DTYPE)  # fmt: skip
+        value = _gated(sums, optional, expert, block, ACTIVATION, ROWS, USED, COLUMNS, DTYPE)
     else:
-        value = _plain(sums, bias_ptr, expert, block, ACTIVATION, ROWS, COLUMNS, DTYPE)
+        value = _plain(sums, optional[0], expert, block, ACTIVATION, ROWS, COLUMNS, DTYPE)
     _store(value, out_ptr, first_row, block, limit, OUT_ROWS, USED, COLUMNS, DTYPE)
 
 
@@ -214,7 +271,8 @@ def _gemm_kernel(
     X_SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)  # fmt: skip
     tile = gl.program_id(0) // BLOCKS
     block = gl.program_id(0) % BLOCKS
-    w_smem = gl.allocate_shared_memory(DTYPE, [STAGES] + w_desc.block_shape, w_desc.layout)  # noqa: RUF005 -- Gluon does not unpack
+    ring: gl.constexpr = [STAGES] + w_desc.block_shape  # noqa: RUF005 -- Gluon does not unpack
+    w_smem = gl.allocate_shared_memory(DTYPE, ring, w_desc.layout)
     x_smem = gl.allocate_shared_memory(DTYPE, [STAGES, TILE, DEPTH], X_SHARED)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(STAGES):
@@ -229,13 +287,71 @@ def _gemm_kernel(
         return
     expert = gl.load(batch_ptr + tile)
     limit = gl.load(limit_ptr + tile)
+    optional = (bias_ptr, alpha_ptr, beta_ptr, clamp_ptr)
+    shared = (
+        w_desc,
+        x,
+        out_ptr,
+        tokens_ptr,
+        w_smem,
+        x_smem,
+        bars,
+        tile,
+        block,
+        expert,
+        limit,
+        x_pitch,
+        optional,
+    )
     if BOX == TILE:
-        _multiply(w_desc, x, out_ptr, tokens_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr, w_smem, x_smem, bars, tile, block, expert, limit, x_pitch, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, TILE, BOX, DEPTH, STAGES, EARLY)  # fmt: skip
+        _multiply(
+            shared,
+            ACTIVATION,
+            GATED,
+            GATHER,
+            COLUMNS,
+            WIDTH,
+            ROWS,
+            TILE,
+            BOX,
+            DEPTH,
+            STAGES,
+            EARLY,
+            TILE,
+        )
     else:  # noqa: PLR5501 -- one branch is chosen at compile time, the other on the device
         if limit - tile * TILE > BOX:
-            _multiply(w_desc, x, out_ptr, tokens_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr, w_smem, x_smem, bars, tile, block, expert, limit, x_pitch, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, TILE, BOX, DEPTH, STAGES, EARLY)  # fmt: skip
+            _multiply(
+                shared,
+                ACTIVATION,
+                GATED,
+                GATHER,
+                COLUMNS,
+                WIDTH,
+                ROWS,
+                TILE,
+                BOX,
+                DEPTH,
+                STAGES,
+                EARLY,
+                TILE,
+            )
         else:
-            _multiply(w_desc, x, out_ptr, tokens_ptr, bias_ptr, alpha_ptr, beta_ptr, clamp_ptr, w_smem, x_smem, bars, tile, block, expert, limit, x_pitch, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, BOX, BOX, DEPTH, STAGES, EARLY)  # fmt: skip
+            _multiply(
+                shared,
+                ACTIVATION,
+                GATED,
+                GATHER,
+                COLUMNS,
+                WIDTH,
+                ROWS,
+                TILE,
+                BOX,
+                DEPTH,
+                STAGES,
+                EARLY,
+                BOX,
+            )
 
 
 _SWIZZLED_BYTES = 128

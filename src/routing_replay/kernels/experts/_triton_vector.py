@@ -57,7 +57,8 @@ def _finish(sums, bias_ptr, at, mask, HAS_BIAS: tl.constexpr, DTYPE: tl.constexp
 def _load_weights(weights_ptr, row, mask, at, IN: tl.constexpr):
     """`[rows, depth]` of weights, which nothing reads again."""
     inside = mask[:, None] & (at < IN)[None, :]
-    return tl.load(weights_ptr + row[:, None] * IN + at[None, :], mask=inside, other=0.0, eviction_policy="evict_first")  # fmt: skip
+    pointers = weights_ptr + row[:, None] * IN + at[None, :]
+    return tl.load(pointers, mask=inside, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -83,7 +84,9 @@ def _vector_gemm1_kernel(
     block = tl.program_id(0) // num_pairs
     token = pair // TOP_K
     _wait(PDL)
-    expert, is_here = _expert_of(ids_ptr, token, pair % TOP_K, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT)  # fmt: skip
+    expert, is_here = _expert_of(
+        ids_ptr, token, pair % TOP_K, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
+    )  # fmt: skip
     if is_here:
         column = block * ROWS + tl.arange(0, ROWS)
         mask = column < OUT
@@ -128,13 +131,18 @@ def _vector_gemm2_kernel(
     is_column = column < OUT
     early = ()
     for index in tl.static_range(AHEAD):
-        expert, is_here = _expert_of(ids_ptr, token, index // CHUNKS, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT)  # fmt: skip
+        expert, is_here = _expert_of(
+            ids_ptr, token, index // CHUNKS, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
+        )  # fmt: skip
         at = (index % CHUNKS) * DEPTH + tl.arange(0, DEPTH)
-        early = early + (_load_weights(weights_ptr, expert * OUT + column, is_column & is_here, at, IN),)  # fmt: skip  # noqa: RUF005 -- Triton adds tuples, and does not unpack them
+        weights = _load_weights(weights_ptr, expert * OUT + column, is_column & is_here, at, IN)
+        early = early + (weights,)  # noqa: RUF005 -- Triton adds tuples, and does not unpack them
     _wait(PDL)
     total = tl.zeros((ROWS,), tl.float32)
     for rank in tl.static_range(TOP_K):
-        expert, is_here = _expert_of(ids_ptr, token, rank, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT)  # fmt: skip
+        expert, is_here = _expert_of(
+            ids_ptr, token, rank, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
+        )  # fmt: skip
         mask = is_column & is_here
         row_ptr = h_ptr + (token * TOP_K + rank).to(tl.int64) * IN
         sums = tl.zeros((ROWS, DEPTH), tl.float32)
