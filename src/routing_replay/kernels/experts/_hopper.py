@@ -159,21 +159,7 @@ def _multiply(
     EARLY: gl.constexpr, USED: gl.constexpr,
 ):  # fmt: skip
     """The first `USED` rows of a tile times a block of weight rows."""
-    (
-        w_desc,
-        x,
-        out_ptr,
-        tokens_ptr,
-        w_smem,
-        x_smem,
-        bars,
-        tile,
-        block,
-        expert,
-        limit,
-        x_pitch,
-        optional,
-    ) = shared
+    w_desc, x, out_ptr, tokens_ptr, w_smem, x_smem, bars, tile, block, expert, limit, x_pitch, optional = shared  # fmt: skip
     DTYPE: gl.constexpr = w_desc.dtype
     STEPS: gl.constexpr = (WIDTH + DEPTH - 1) // DEPTH
     OUT_ROWS: gl.constexpr = ROWS // 2 if GATED else ROWS
@@ -195,20 +181,8 @@ def _multiply(
         x_rows = gl.maximum(token, 0).to(gl.int64) * (x_pitch * 8)
     for early in gl.static_range(min(STAGES - 1, STEPS)):
         _load_tokens(
-            x,
-            bars,
-            x_smem,
-            early,
-            early,
-            x_rows,
-            first_row,
-            GATHER,
-            USED,
-            BOX,
-            DEPTH,
-            WIDTH,
-            X_LAYOUT,
-        )
+            x, bars, x_smem, early, early, x_rows, first_row, GATHER, USED, BOX, DEPTH, WIDTH, X_LAYOUT,
+        )  # fmt: skip
 
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, USED, 16])
     sums = gl.zeros([ROWS, USED], gl.float32, layout=SUMS)
@@ -232,20 +206,8 @@ def _multiply(
         )
         if has_more:
             _load_tokens(
-                x,
-                bars,
-                x_smem,
-                ahead,
-                free,
-                x_rows,
-                first_row,
-                GATHER,
-                USED,
-                BOX,
-                DEPTH,
-                WIDTH,
-                X_LAYOUT,
-            )
+                x, bars, x_smem, ahead, free, x_rows, first_row, GATHER, USED, BOX, DEPTH, WIDTH, X_LAYOUT,
+            )  # fmt: skip
     sums = warpgroup_mma_wait(0, deps=(sums,))
     if GATED:
         value = _gated(sums, optional, expert, block, ACTIVATION, ROWS, USED, COLUMNS, DTYPE)
@@ -288,70 +250,20 @@ def _gemm_kernel(
     expert = gl.load(batch_ptr + tile)
     limit = gl.load(limit_ptr + tile)
     optional = (bias_ptr, alpha_ptr, beta_ptr, clamp_ptr)
-    shared = (
-        w_desc,
-        x,
-        out_ptr,
-        tokens_ptr,
-        w_smem,
-        x_smem,
-        bars,
-        tile,
-        block,
-        expert,
-        limit,
-        x_pitch,
-        optional,
-    )
+    shared = (w_desc, x, out_ptr, tokens_ptr, w_smem, x_smem, bars, tile, block, expert, limit, x_pitch, optional)  # fmt: skip
     if BOX == TILE:
         _multiply(
-            shared,
-            ACTIVATION,
-            GATED,
-            GATHER,
-            COLUMNS,
-            WIDTH,
-            ROWS,
-            TILE,
-            BOX,
-            DEPTH,
-            STAGES,
-            EARLY,
-            TILE,
-        )
+            shared, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, BOX, DEPTH, STAGES, EARLY, TILE,
+        )  # fmt: skip
     else:  # noqa: PLR5501 -- one branch is chosen at compile time, the other on the device
         if limit - tile * TILE > BOX:
             _multiply(
-                shared,
-                ACTIVATION,
-                GATED,
-                GATHER,
-                COLUMNS,
-                WIDTH,
-                ROWS,
-                TILE,
-                BOX,
-                DEPTH,
-                STAGES,
-                EARLY,
-                TILE,
-            )
+                shared, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, BOX, DEPTH, STAGES, EARLY, TILE,
+            )  # fmt: skip
         else:
             _multiply(
-                shared,
-                ACTIVATION,
-                GATED,
-                GATHER,
-                COLUMNS,
-                WIDTH,
-                ROWS,
-                TILE,
-                BOX,
-                DEPTH,
-                STAGES,
-                EARLY,
-                BOX,
-            )
+                shared, ACTIVATION, GATED, GATHER, COLUMNS, WIDTH, ROWS, TILE, BOX, DEPTH, STAGES, EARLY, BOX,
+            )  # fmt: skip
 
 
 _SWIZZLED_BYTES = 128
