@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from routing_replay.kernels import ActivationType, RoutingMethod, RoutingMethodType
@@ -18,6 +20,7 @@ from routing_replay.kernels.experts import (
 )
 from routing_replay.kernels.experts._triton import launch_combine, launch_gemm
 from routing_replay.kernels.experts.config import ExpertsChoice, GemmTile
+from routing_replay.kernels.experts.order_triton import tile_and_block
 from routing_replay.kernels.fused_moe.launches import moe_triton, routed_moe_triton
 from routing_replay.kernels.fused_moe.layer import ExpertsLayer
 from routing_replay.kernels.fused_moe.reference import moe_reference, routed_moe_reference
@@ -327,9 +330,31 @@ def routed() -> None:
     assert again[:9].tolist() == ids.tolist()
 
 
+@triton.jit
+def order_kernel(out_ptr, num_tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr):  # noqa: ANN001
+    pid = tl.program_id(0)
+    tile, block = tile_and_block(pid, num_tiles, BLOCKS, GROUP)
+    tl.store(out_ptr + 2 * pid, tile)
+    tl.store(out_ptr + 2 * pid + 1, block)
+
+
+def order() -> None:
+    """Every (tile, block) is taken once, also in a last group that is not full; tiles of a group share a block."""
+    for tiles, blocks, group in ((1, 3, 8), (8, 3, 8), (19, 3, 8), (5, 4, 1), (6, 1, 4)):
+        out = torch.full((tiles * blocks, 2), -1, dtype=torch.int32)
+        order_kernel[(tiles * blocks,)](out, tiles, BLOCKS=blocks, GROUP=group)
+        expected = [
+            [tile, block]
+            for first in range(0, tiles, group)
+            for block in range(blocks)
+            for tile in range(first, min(first + group, tiles))
+        ]
+        assert out.tolist() == expected
+
+
 NAMES: dict[str, Callable[[], None]] = {
     function.__name__: function
-    for function in (gemm, gemm_bfloat16, combine, moe, moe_variants, expert_parallel, unfinalized, routed)
+    for function in (order, gemm, gemm_bfloat16, combine, moe, moe_variants, expert_parallel, unfinalized, routed)
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("interpreted_moe.py")
-NAMES = ("gemm", "gemm_bfloat16", "combine", "moe", "moe_variants", "expert_parallel", "unfinalized", "routed")  # fmt: skip
+NAMES = ("order", "gemm", "gemm_bfloat16", "combine", "moe", "moe_variants", "expert_parallel", "unfinalized", "routed")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,9 +9,11 @@ pytest.importorskip("triton")
 
 from routing_replay.kernels.experts._hopper import (
     _box,  # pyright: ignore[reportPrivateUsage]
+    _group,  # pyright: ignore[reportPrivateUsage]
     _weight_view,  # pyright: ignore[reportPrivateUsage]
 )
 from routing_replay.kernels.experts.config import GemmTile
+from routing_replay.kernels.permutation import PermutationShape
 
 
 @pytest.mark.parametrize("rows", [64, 128, 256])
@@ -44,3 +46,21 @@ def test_large_weights_have_strides_beyond_32_bits():
 @pytest.mark.parametrize(("tokens", "box"), [(16, 16), (32, 16), (64, 32), (128, 64), (256, 128)])
 def test_half_a_tile_is_left_out_together(tokens: int, box: int):
     assert _box(tokens) == box
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "local", "group"),
+    [(4096, 8, 8, 8), (4096, 8, 2, 8), (256, 8, 8, 1), (4096, 128, 128, 1), (0, 8, 8, 1)],
+)
+def test_tiles_share_blocks_where_an_expert_has_many(
+    tokens: int, experts: int, local: int, group: int
+):
+    shape = PermutationShape(
+        num_tokens=tokens,
+        top_k=2,
+        num_experts=experts,
+        local_expert_offset=0,
+        num_local_experts=local,
+        tile_tokens=128,
+    )
+    assert _group(shape) == group

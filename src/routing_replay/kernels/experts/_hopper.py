@@ -22,7 +22,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from routing_replay.kernels.experts.activation import ActivationType, SwigluParameters
 from routing_replay.kernels.experts.config import GemmTile
-from routing_replay.kernels.permutation import PermutationPlan
+from routing_replay.kernels.experts.order_triton import tile_and_block
+from routing_replay.kernels.permutation import PermutationPlan, PermutationShape
 
 __all__ = ["compile_cases", "launch_gemm"]
 
@@ -222,9 +223,9 @@ def _gemm_kernel(
     x_pitch,
     ACTIVATION: gl.constexpr, GATED: gl.constexpr, GATHER: gl.constexpr, BLOCKS: gl.constexpr, COLUMNS: gl.constexpr,
     WIDTH: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr, BOX: gl.constexpr, DEPTH: gl.constexpr,
-    STAGES: gl.constexpr, EARLY: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """One CTA for (tile of tokens, block of weight rows).
+    """One CTA for (tile of tokens, block of weight rows), in the order of `tile_and_block`.
 
     BOX: rows of tokens of one TMA copy; a tile of two whose second is all padding is multiplied without it. EARLY: the plan
     was ready before the kernel ahead began, so weights may be loaded while it still runs.
@@ -243,10 +244,13 @@ def _gemm_kernel(
     if not EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    if tile >= gl.load(num_ctas_ptr):
+    num_tiles = gl.load(num_ctas_ptr)
+    if tile >= num_tiles:
         # The end of this kernel stands for the end of those ahead, also where it has nothing to do.
         gdc_wait()
         return
+    if GROUP > 1:
+        tile, block = tile_and_block(gl.program_id(0), num_tiles, BLOCKS, GROUP)
     expert = gl.load(batch_ptr + tile)
     limit = gl.load(limit_ptr + tile)
     optional = (bias_ptr, alpha_ptr, beta_ptr, clamp_ptr)
@@ -268,6 +272,8 @@ def _gemm_kernel(
 
 _SWIZZLED_BYTES = 128
 _SPLIT_TOKENS = 32
+_GROUP = 8
+_GROUPED_TILES = 4
 
 
 def _weight_view(
@@ -293,6 +299,12 @@ def _box(tile_tokens: int) -> int:
     return tile_tokens // 2 if tile_tokens >= _SPLIT_TOKENS else tile_tokens
 
 
+def _group(plan_shape: PermutationShape) -> int:
+    """Tiles that share a block of weights: some where an expert has several, whose blocks together the L2 cache cannot hold."""
+    tiles = plan_shape.num_expanded / plan_shape.num_experts / plan_shape.tile_tokens
+    return _GROUP if tiles >= _GROUPED_TILES else 1
+
+
 def _constexprs(
     width: int,
     columns: int,
@@ -302,6 +314,7 @@ def _constexprs(
     gather: bool,
     activation: ActivationType | None,
     early: bool,
+    group: int = 1,
 ) -> dict[str, Any]:
     is_gated = activation is not None and activation.is_gated
     per_block = tile.rows // 2 if is_gated else tile.rows
@@ -318,6 +331,7 @@ def _constexprs(
         "DEPTH": tile.depth,
         "STAGES": tile.stages,
         "EARLY": early,
+        "GROUP": group,
     }
 
 
@@ -360,7 +374,8 @@ def launch_gemm(
     if plan.shape.max_ctas == 0:
         return
     constexprs = _constexprs(
-        x.shape[1], out.shape[1], tile_tokens, tile, gather=gather, activation=activation, early=overlap and not gather
+        x.shape[1], out.shape[1], tile_tokens, tile, gather=gather, activation=activation, early=overlap and not gather,
+        group=_group(plan.shape),
     )  # fmt: skip
     is_gated = constexprs["GATED"]
     shape, strides, block = _weight_view(*weights.shape, tile, is_gated=is_gated)
@@ -414,7 +429,10 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any], 
     }
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any], int]] = []
     for name, (width, columns, tokens, tile, gather, activation, has_all) in examples.items():
-        values = _constexprs(width, columns, tokens, tile, gather=gather, activation=activation, early=not gather)  # fmt: skip
+        group = _GROUP if tile is large else 1
+        values = _constexprs(
+            width, columns, tokens, tile, gather=gather, activation=activation, early=not gather, group=group
+        )  # fmt: skip
         _, _, block = _weight_view(8, columns * (1 + values["GATED"]), width, tile, is_gated=values["GATED"])  # fmt: skip
         box = [values["BOX"], tile.depth]
         optional = {f"{name}_ptr": "*fp32" for name in ("bias", "alpha", "beta", "clamp")}

@@ -16,6 +16,7 @@ from routing_replay.kernels.experts._triton_combine import launch_combine
 from routing_replay.kernels.experts.activation import ActivationType, SwigluParameters
 from routing_replay.kernels.experts.activation_triton import add_bias, gated, plain, rounded
 from routing_replay.kernels.experts.config import GemmTile
+from routing_replay.kernels.experts.order_triton import tile_and_block
 from routing_replay.kernels.permutation import PermutationPlan
 
 __all__ = ["compile_cases", "launch_combine", "launch_gemm"]
@@ -35,16 +36,6 @@ def _dot(a, b, accumulator):
     if _IS_INTERPRETED:  # it multiplies the bit patterns of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, accumulator, input_precision="ieee")
-
-
-@triton.jit
-def _tile_and_block(pid, num_tiles, BLOCKS: tl.constexpr, GROUP: tl.constexpr):
-    """Which tile of tokens and which block of weight rows: tiles of a group take turns at each block."""
-    group = pid // (GROUP * BLOCKS)
-    first = group * GROUP
-    size = tl.minimum(num_tiles - first, GROUP)
-    within = pid % (GROUP * BLOCKS)
-    return first + within % size, within // size
 
 
 @triton.jit
@@ -96,7 +87,7 @@ def _gemm_kernel(
     num_tiles = tl.load(num_ctas_ptr)
     if pid >= num_tiles * BLOCKS:
         return
-    tile, block = _tile_and_block(pid, num_tiles, BLOCKS, GROUP)
+    tile, block = tile_and_block(pid, num_tiles, BLOCKS, GROUP)
     expert = tl.load(batch_ptr + tile).to(tl.int64)
     row = tile * TILE + tl.arange(0, TILE_POW2)
     # Padding is neither read nor written: what is in its memory may be anything.
