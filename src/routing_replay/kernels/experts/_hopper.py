@@ -6,6 +6,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,10 +35,10 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 # Rows of gate and of up alternate by eight: wgmma gives a thread rows r and r + 8, so both factors of a value meet in it.
 _PAIR = gl.constexpr(8)
-_SWIGLU = gl.constexpr(int(ActivationType.Swiglu))
+_ALL = gl.constexpr(tl.PropagateNan.ALL)
 _GEGLU = gl.constexpr(int(ActivationType.Geglu))
 _RELU2 = gl.constexpr(int(ActivationType.Relu2))
-_SILU = gl.constexpr(2)
+_SILU = gl.constexpr(int(ActivationType.Silu))
 
 
 @gluon.jit
@@ -106,14 +107,15 @@ def _gated(acc, optional, expert, block, ACTIVATION: gl.constexpr, ROWS: gl.cons
         value = 0.5 * gate * (1.0 + gl.erf(gate * 0.7071067811865476)) * up
     else:
         if clamp_ptr is not None:
-            limit = gl.load(clamp_ptr + expert)
-            gate = gl.minimum(gate, limit)
-            up = gl.maximum(gl.minimum(up, limit), -limit)
+            limit = gl.load(clamp_ptr + expert).to(gl.float32)
+            # As in torch, NaN stays NaN.
+            gate = gl.minimum(gate, limit, propagate_nan=_ALL)
+            up = gl.maximum(gl.minimum(up, limit, propagate_nan=_ALL), -limit, propagate_nan=_ALL)
         if beta_ptr is not None:
-            up = up + gl.load(beta_ptr + expert)
+            up = up + gl.load(beta_ptr + expert).to(gl.float32)
         slope = gate
         if alpha_ptr is not None:
-            slope = gate * gl.load(alpha_ptr + expert)
+            slope = gate * gl.load(alpha_ptr + expert).to(gl.float32)
         value = gate * _sigmoid(slope) * up
     return value
 
@@ -130,7 +132,7 @@ def _plain(acc, bias_ptr, expert, block, ACTIVATION: gl.constexpr, ROWS: gl.cons
         )
         value = (value + bias.to(DTYPE).to(gl.float32)[:, None]).to(DTYPE).to(gl.float32)
     if ACTIVATION == _RELU2:
-        value = gl.maximum(value, 0.0)
+        value = gl.maximum(value, 0.0, propagate_nan=_ALL)
         value = value * value
     if ACTIVATION == _SILU:
         value = value * _sigmoid(value)
