@@ -1,11 +1,13 @@
-"""Compile the examples of every Triton kernel for several GPUs, on a machine that needs none.
+"""Compile the examples of every Triton kernel for the GPUs that are named, on a machine that needs none.
 
-Run as a program, so that it can be given another Triton through PYTHONPATH. Prints one JSON object.
+Run as a program, so that it can be given another Triton through PYTHONPATH: `compile_kernels.py 80 90 100`. Prints one JSON
+object.
 """
 
 import importlib
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
@@ -14,8 +16,6 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 import routing_replay
-
-ARCHITECTURES = (80, 90, 100)
 
 
 def kernel_modules(pattern: str) -> list[str]:
@@ -49,23 +49,33 @@ def compile_for_hopper(module_name: str) -> dict[str, int]:
     return compiled
 
 
-def main() -> None:
+def compile_module(module_name: str, architectures: list[int]) -> dict[str, int]:
+    cases = importlib.import_module(module_name).compile_cases()
+    if not cases:
+        sys.exit(f"{module_name}.compile_cases() is empty; give one case for each launched variant")
     compiled: dict[str, int] = {}
-    for module_name in kernel_modules("_hopper*.py"):
-        compiled.update(compile_for_hopper(module_name))
-    for module_name in kernel_modules("_triton*.py"):
-        cases = importlib.import_module(module_name).compile_cases()
-        if not cases:
-            sys.exit(
-                f"{module_name}.compile_cases() is empty; give one case for each launched variant"
-            )
-        for name, kernel, signature, constexprs in cases:
-            types = {**signature, **dict.fromkeys(constexprs, "constexpr")}
-            ordered = {argument: types[argument] for argument in kernel.arg_names}
-            for arch in ARCHITECTURES:
-                source = ASTSource(fn=kernel, signature=ordered, constexprs=constexprs)
-                binary = triton.compile(source, target=GPUTarget("cuda", arch, 32))
-                compiled[f"{module_name}:{name}:sm_{arch}"] = len(binary.asm["cubin"])
+    for name, kernel, signature, constexprs in cases:
+        types = {**signature, **dict.fromkeys(constexprs, "constexpr")}
+        ordered = {argument: types[argument] for argument in kernel.arg_names}
+        for arch in architectures:
+            source = ASTSource(fn=kernel, signature=ordered, constexprs=constexprs)
+            binary = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+            compiled[f"{module_name}:{name}:sm_{arch}"] = len(binary.asm["cubin"])
+    return compiled
+
+
+def main() -> None:
+    architectures = [int(word) for word in sys.argv[1:]]
+    compiled: dict[str, int] = {}
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        parts = [pool.submit(compile_for_hopper, name) for name in kernel_modules("_hopper*.py")]
+        parts += [
+            pool.submit(compile_module, name, [arch])
+            for name in kernel_modules("_triton*.py")
+            for arch in architectures
+        ]
+        for part in parts:
+            compiled.update(part.result())
     print(json.dumps({"triton": triton.__version__, "compiled": compiled}))
 
 
