@@ -19,7 +19,7 @@ from moe_bench.budget import Budget
 from moe_bench.comparison import Case, Options, compare, run_once
 from moe_bench.data import layer_weights
 from moe_bench.graphs import GraphTimer
-from moe_bench.hardware import clocks, machine
+from moe_bench.hardware import clocks, machine, recorded_options
 from moe_bench.peers import PEERS
 from moe_bench.peers.contract import Peer
 from moe_bench.peers.sites import Site
@@ -142,7 +142,9 @@ def measure_all(arguments: argparse.Namespace) -> None:
         print(f"kernels built after {budget.used:.0f} s", flush=True)
     with JsonLines(arguments.out) as output:
         peers = load_peers(arguments.peers, opened(arguments.site), output)
-        output.write("machine", commit=arguments.commit, command=sys.argv[1:], **machine())
+        output.write(
+            "machine", commit=arguments.commit, options=recorded_options(arguments), **machine()
+        )
         for name in arguments.shapes:
             measure_shape(SHAPES[name], arguments, peers, budget, output)
     print(f"{budget.used:.0f} s", flush=True)

@@ -7,7 +7,6 @@ weights expert by expert before anything is timed (peers order columns as they l
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from moe_bench.comparison import in_turns
 from moe_bench.graphs import Captured, GraphTimer, Timer
-from moe_bench.hardware import clocks, machine
+from moe_bench.hardware import clocks, machine, recorded_options
 from moe_bench.peers.routers import LOADERS, Router, RouterInput, load_all
 from moe_bench.peers.sites import Site
 from moe_bench.rows import JsonLines, distribution_of
@@ -117,7 +116,9 @@ def main() -> None:
     site.open()
     tokens = [int(item) for item in arguments.tokens.split(",")]
     with JsonLines(arguments.out) as output:
-        output.write("machine", commit=arguments.commit, command=sys.argv[1:], **machine())
+        output.write(
+            "machine", commit=arguments.commit, options=recorded_options(arguments), **machine()
+        )
         for name in ROUTED_LIKE:
             measure_shape(SHAPES[name], tokens, names, site, output)
 

@@ -1,9 +1,10 @@
 """The parts of the layer benchmark that count, choose and report; nothing here is timed."""
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from math import nan
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from moe_bench.data import (
     work_of_inputs,
 )
 from moe_bench.floors import floor_of, work_of
+from moe_bench.hardware import recorded_options
 from moe_bench.peers.contract import Configuration, LayerCall, PeerError
 from moe_bench.peers.ours import Ours
 from moe_bench.peers.routers import Router, RouterInput, load_all
@@ -501,3 +503,8 @@ def test_routers_that_do_not_load_are_named():
     assert [router.name for router in found] == ["torch"]
     assert [name for name, _ in absent] == ["sglang", "vllm", "flashinfer"]
     assert all("is not in None" in reason for _, reason in absent)
+
+
+def test_recorded_options_name_no_path_and_are_json(tmp_path: Path):
+    given = argparse.Namespace(site=tmp_path, out=tmp_path / "x", commit="c", tokens=[1, 8], zipf=0.0, budget_seconds=inf, shard=None)  # fmt: skip
+    assert recorded_options(given) == {"tokens": [1, 8], "zipf": 0.0}

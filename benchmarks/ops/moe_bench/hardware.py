@@ -1,12 +1,15 @@
 """Which machine, which clocks, which versions."""
 
+import argparse
 import importlib.metadata
+import math
 import subprocess
+from pathlib import Path
 
 import torch
 import triton
 
-__all__ = ["PACKAGES", "clocks", "machine"]
+__all__ = ["PACKAGES", "clocks", "machine", "recorded_options"]
 
 PACKAGES = (
     "sglang",
@@ -20,6 +23,16 @@ PACKAGES = (
 """Peers whose versions are written where they are installed."""
 
 _QUERY = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_event_reasons.active"
+
+
+def recorded_options(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the options of a run without the paths, which are of one machine and change no figure, or what is unlimited."""
+    left_out = (None, math.inf)
+    return {
+        name: value
+        for name, value in vars(arguments).items()
+        if value not in left_out and name != "commit" and not isinstance(value, Path)
+    }
 
 
 def clocks() -> str:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from routing_replay.kernels.experts.activation_triton import rounded
+from routing_replay.kernels.routing._triton import wait_for_earlier_kernel
 
 __all__ = ["compile_cases", "launch_combine"]
 
@@ -27,9 +28,7 @@ def _combine_kernel(
     COLUMNS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program for each token and block of columns; rank 0 is added first."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_earlier_kernel(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = column < COLUMNS
@@ -89,7 +88,7 @@ def launch_combine(
         BLOCK=block,
         PDL=overlap,
         num_warps=max(1, block // (32 * _ELEMENTS_OF_A_THREAD)),
-        **({"launch_pdl": True} if overlap else {}),
+        launch_pdl=overlap,
     )
 
 

@@ -14,16 +14,9 @@ from routing_replay.kernels.experts.activation import ActivationType, SwigluPara
 from routing_replay.kernels.experts.activation_triton import gated, plain, rounded
 from routing_replay.kernels.experts.config import ExpertsConfig, GemmTile
 from routing_replay.kernels.experts.reference import ExpertWeights
+from routing_replay.kernels.routing._triton import wait_for_earlier_kernel
 
 __all__ = ["compile_cases", "launch_vector_experts"]
-
-
-@triton.jit
-def _wait(PDL: tl.constexpr):
-    """Under programmatic dependent launch: wait for the kernel ahead, then let the next one start."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -83,7 +76,7 @@ def _vector_gemm1_kernel(
     pair = tl.program_id(0) % num_pairs
     block = tl.program_id(0) // num_pairs
     token = pair // TOP_K
-    _wait(PDL)
+    wait_for_earlier_kernel(PDL)
     expert, is_here = _expert_of(
         ids_ptr, token, pair % TOP_K, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
     )  # fmt: skip
@@ -137,7 +130,7 @@ def _vector_gemm2_kernel(
         at = (index % CHUNKS) * DEPTH + tl.arange(0, DEPTH)
         weights = _load_weights(weights_ptr, expert * OUT + column, is_column & is_here, at, IN)
         early = early + (weights,)  # noqa: RUF005 -- Triton adds tuples, and does not unpack them
-    _wait(PDL)
+    wait_for_earlier_kernel(PDL)
     total = tl.zeros((ROWS,), tl.float32)
     for rank in tl.static_range(TOP_K):
         expert, is_here = _expert_of(
@@ -257,7 +250,6 @@ def launch_vector_experts(
     }
     given = frozenset(name for name, tensor in optional.items() if tensor is not None)
     shared = _shared(num_experts, num_local, top_k, are_distinct=are_distinct, overlap=overlap)
-    options = {"launch_pdl": True} if overlap else {}
     first = _constexprs1(hidden_size, intermediate_size, config.gemm1, activation, given)
     _vector_gemm1_kernel[(num_tokens * top_k * triton.cdiv(intermediate_size, first["ROWS"]),)](
         hidden_states,
@@ -271,7 +263,7 @@ def launch_vector_experts(
         num_warps=config.gemm1.warps,
         **first,
         **shared,
-        **options,
+        launch_pdl=overlap,
     )
     has_bias = weights.gemm2_bias is not None
     second = _constexprs2(intermediate_size, hidden_size, config.gemm2, top_k, has_bias=has_bias)
@@ -288,7 +280,7 @@ def launch_vector_experts(
         num_warps=config.gemm2.warps,
         **second,
         **shared,
-        **options,
+        launch_pdl=overlap,
     )
 
 

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from routing_replay.errors import ConfigError
 from routing_replay.kernels.experts.config import (
+    ENGINES,
     ExpertsChoice,
     ExpertsConfig,
     ExpertsShape,
@@ -24,9 +25,8 @@ __all__ = ["NOTHING_NAMED", "TILES_OF_TOKENS", "choose_config", "rule_config", "
 NOTHING_NAMED = ExpertsChoice()
 
 TILES_OF_TOKENS = (16, 32, 64, 128)
-_DECODE_TOKENS = (
-    32  # up to this tile, a GEMM streams weights and its tile of tokens costs next to nothing
-)
+# Up to this tile, a GEMM streams weights and its tile of tokens costs next to nothing.
+_DECODE_TOKENS = 32
 _LEAST_CAPABILITY = (8, 0)
 _VECTOR_TOKENS = 8
 
@@ -90,9 +90,8 @@ def _rule_tile(
     is_decode = tile_tokens <= _DECODE_TOKENS
     if engine == "hopper":
         rows, depth, warps = (64, 128, 4) if is_decode else (128, 128, 8)
-        if (
-            tile_tokens == 128
-        ):  # a CTA reads the fewest bytes for what it multiplies where it is as high as wide
+        if tile_tokens == 128:
+            # A CTA reads the fewest bytes for what it multiplies where it is as high as wide.
             rows, depth = 256, 64
         least, most = 2, 8
     else:
@@ -187,13 +186,14 @@ def _bases(
         ):
             yield config
     if choice.engine is None:
-        engines = [e for e in ("hopper", "portable") if engine_problem(e, shape, capability) is None]  # fmt: skip
+        engines = [e for e in ENGINES if engine_problem(e, shape, capability) is None]
+        takes_vector = "vector" in engines and _prefers_vector(shape, choice)
     else:
         engines = [choice.engine]
-    is_open = choice.engine is None and engine_problem("vector", shape, capability) is None
-    if choice.engine == "vector" or (is_open and _prefers_vector(shape, choice)):
+        takes_vector = choice.engine == "vector"
+    if takes_vector:
         yield rule_config("vector", choice.tile_tokens or 1, shape, capability)
-    engines = [engine for engine in engines if engine != "vector"]
+    tiled = [engine for engine in reversed(engines) if engine != "vector"]
     tiles = [choice.tile_tokens]
     if choice.tile_tokens is None:
         natural = rule_tile_tokens(shape)
@@ -201,7 +201,7 @@ def _bases(
         tiles = [natural, *smaller, *(tile for tile in TILES_OF_TOKENS if tile > natural)]
     for tile_tokens in tiles:
         assert tile_tokens is not None
-        yield from (rule_config(e, tile_tokens, shape, capability) for e in engines)
+        yield from (rule_config(e, tile_tokens, shape, capability) for e in tiled)
 
 
 def _prefers_vector(shape: ExpertsShape, choice: ExpertsChoice) -> bool:
@@ -280,8 +280,8 @@ def choose_config(
     The table of the device has the first word where it has an entry for this layer and this many tokens; a device
     without a table of its own takes that of another device of its capability. Where the tables are silent,
     `rule_tile_tokens` gives the rows of tokens and `rule_config` the rest, on the engine `vector` for a few tokens, else on
-    `hopper` where it can run and `portable` elsewhere. What `choice` names is kept; the rest is what the table (of the nearest number of tokens) or the
-    rule has for the named engine and rows of tokens.
+    `hopper` where it can run and `portable` elsewhere. What `choice` names is kept; the rest is what the table (of the nearest
+    number of tokens) or the rule has for the named engine and rows of tokens.
 
     Args:
         shape: The layer and its tokens.

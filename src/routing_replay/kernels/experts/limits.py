@@ -3,8 +3,6 @@
 from routing_replay.kernels.experts.config import ENGINES, ExpertsConfig, ExpertsShape, GemmTile
 
 __all__ = [
-    "HOPPER_LEAST",
-    "HOPPER_MULTIPLE",
     "MOST_ACCUMULATORS",
     "accumulators",
     "config_problem",
@@ -23,8 +21,8 @@ _HOPPER_TILE = {
     "warps": (4, 8),
 }
 # Rows of a tensor map start at multiples of 16 bytes.
-HOPPER_MULTIPLE = 8
-HOPPER_LEAST = 128
+_HOPPER_MULTIPLE = 8
+_HOPPER_LEAST = 128
 # wgmma takes 64 weight rows for each group of four warps.
 _WGMMA_ROWS_OF_A_WARP = 16
 # A thread has 255 registers; with more sums than these it would spill.
@@ -134,10 +132,10 @@ def engine_problem(engine: str, shape: ExpertsShape, capability: tuple[int, int]
     if capability != (9, 0):
         return f"engine='hopper' at capability={capability}; accepted is (9, 0): {instead}"
     sizes = (shape.hidden_size, shape.intermediate_size)
-    if any(size % HOPPER_MULTIPLE or size < HOPPER_LEAST for size in sizes):
+    if any(size % _HOPPER_MULTIPLE or size < _HOPPER_LEAST for size in sizes):
         return (
             f"engine='hopper' with hidden_size={sizes[0]}, intermediate_size={sizes[1]}; accepted are multiples of "
-            f"{HOPPER_MULTIPLE} from {HOPPER_LEAST} on: {instead}"
+            f"{_HOPPER_MULTIPLE} from {_HOPPER_LEAST} on: {instead}"
         )
     if shape.element_bytes != 2:
         return f"engine='hopper' with elements of {shape.element_bytes} bytes; accepted is bfloat16: {instead}"

@@ -195,6 +195,15 @@ def _parts_of_nothing(hidden_states: Tensor, top_k: int) -> _Parts:
     )
 
 
+def _routed_buffers(routing_logits: Tensor, routing: RoutingMethod) -> tuple[Tensor, Tensor]:
+    """Room for weights float32 and ids int32, `[T, K + S]`."""
+    size = (routing_logits.shape[0], routing.num_columns)
+    return (
+        routing_logits.new_empty(size, dtype=torch.float32),
+        routing_logits.new_empty(size, dtype=torch.int32),
+    )
+
+
 def _route_and_plan(
     routing_logits: Tensor,
     routing: RoutingMethod,
@@ -209,9 +218,7 @@ def _route_and_plan(
     """Weights float32 `[T, K + S]`, and the plan."""
     from routing_replay.kernels.permutation._triton_fused import launch_route_and_plan
 
-    size = (routing_logits.shape[0], routing.num_columns)
-    topk_weights = routing_logits.new_empty(size, dtype=torch.float32)
-    topk_ids = routing_logits.new_empty(size, dtype=torch.int32)
+    topk_weights, topk_ids = _routed_buffers(routing_logits, routing)
     plan = launch_route_and_plan(
         routing_logits,
         routing,
@@ -361,9 +368,7 @@ def moe_triton_into(
         return
     from routing_replay.kernels.routing._triton import launch_route
 
-    size = (routing_logits.shape[0], routing.num_columns)
-    topk_weights = routing_logits.new_empty(size, dtype=torch.float32)
-    topk_ids = routing_logits.new_empty(size, dtype=torch.int32)
+    topk_weights, topk_ids = _routed_buffers(routing_logits, routing)
     launch_route(
         routing_logits,
         routing,
