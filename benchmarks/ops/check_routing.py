@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from routing_replay.kernels import RoutingMethod, RoutingMethodType, fused_topk_deepseek, route
 from routing_replay.kernels.routing import route_reference
+from routing_replay.kernels.routing._triton import QUICK_BITS, quick_reciprocal
 
 Kind = RoutingMethodType
 TOKENS = (0, 1, 3, 4, 5, 16, 17, 63, 64, 65, 256, 257, 1000, 4096)
@@ -25,6 +27,8 @@ TIMED_TOKENS = (1, 32, 256, 1024, 4096)
 INPUTS = ("random", "ties", "negative", "saturated", "strange")
 GRAPH_CALLS = 20
 WEIGHT_TOLERANCE = 2e-6
+ONE_BITS = 127 << 23  # of 1.0, the least denominator of a sigmoid
+RECIPROCAL_BLOCK = 1024
 
 METHODS = {
     **{
@@ -199,6 +203,24 @@ def time_fused_topk_deepseek(tokens: int) -> dict[str, object]:
     return {"tokens": tokens, "recording": graph_time(call)}
 
 
+@triton.jit
+def _count_wrong_reciprocals(wrong_ptr, first, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+    bits = first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = bits.to(tl.float32, bitcast=True)
+    wrong = quick_reciprocal(x) != tl.div_rn(1.0, x)
+    tl.atomic_add(wrong_ptr, tl.sum(wrong.to(tl.int64), axis=0))
+
+
+def check_reciprocals() -> int:
+    """Compare the quick reciprocal with the compiler's division on every denominator it is used for; return how many."""
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for first in range(ONE_BITS, QUICK_BITS.value, 1 << 23):
+        _count_wrong_reciprocals[((1 << 23) // RECIPROCAL_BLOCK,)](wrong, first, RECIPROCAL_BLOCK)
+    if int(wrong):
+        raise SystemExit(f"{int(wrong)} quick reciprocals are not correctly rounded")
+    return QUICK_BITS.value - ONE_BITS
+
+
 def main() -> None:
     """Check everything, then time."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -206,6 +228,7 @@ def main() -> None:
     parser.add_argument("--commit", required=True)
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    reciprocals = check_reciprocals()
     count, largest = 0, 0.0
     worst = ""
     for name, method, dtype, tokens, kind, is_forced in cases():
@@ -228,6 +251,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "reciprocals_equal": reciprocals,
         "cases_equal": count,
         "largest_relative_error_of_a_weight": largest,
         "of_case": worst,

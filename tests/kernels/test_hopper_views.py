@@ -49,11 +49,19 @@ def test_half_a_tile_is_left_out_together(tokens: int, box: int):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "local", "group"),
-    [(4096, 8, 8, 8), (4096, 8, 2, 8), (256, 8, 8, 1), (4096, 128, 128, 1), (0, 8, 8, 1)],
+    ("tokens", "experts", "local", "expert_bytes", "group"),
+    [
+        (4096, 8, 8, 1 << 20, 8),
+        (4096, 8, 2, 1 << 20, 8),
+        (1024, 8, 8, 1 << 20, 1),
+        (1024, 8, 8, 100 << 20, 8),
+        (256, 8, 8, 100 << 20, 1),
+        (4096, 128, 128, 6 << 20, 1),
+        (0, 8, 8, 100 << 20, 1),
+    ],
 )
-def test_tiles_share_blocks_where_an_expert_has_many(
-    tokens: int, experts: int, local: int, group: int
+def test_tiles_share_blocks_where_an_expert_has_many_or_its_weights_do_not_stay_in_the_cache(
+    tokens: int, experts: int, local: int, expert_bytes: int, group: int
 ):
     shape = PermutationShape(
         num_tokens=tokens,
@@ -63,4 +71,4 @@ def test_tiles_share_blocks_where_an_expert_has_many(
         num_local_experts=local,
         tile_tokens=128,
     )
-    assert _group(shape) == group
+    assert _group(shape, expert_bytes) == group

@@ -276,6 +276,9 @@ _SWIZZLED_BYTES = 128
 _SPLIT_TOKENS = 32
 _GROUP = 8
 _GROUPED_TILES = 4
+_CACHED_BYTES = (
+    24 << 20
+)  # of one expert's weights, which half of an H100's L2 cache holds from tile to tile
 
 
 def _weight_view(
@@ -301,10 +304,11 @@ def _box(tile_tokens: int) -> int:
     return tile_tokens // 2 if tile_tokens >= _SPLIT_TOKENS else tile_tokens
 
 
-def _group(plan_shape: PermutationShape) -> int:
-    """Tiles that share a block of weights: some where an expert has several, whose blocks together the L2 cache cannot hold."""
+def _group(plan_shape: PermutationShape, expert_bytes: int) -> int:
+    """Tiles that share a block of weights: some where an expert has many, or several and weights that no cache holds."""
     tiles = plan_shape.num_expanded / plan_shape.num_experts / plan_shape.tile_tokens
-    return _GROUP if tiles >= _GROUPED_TILES else 1
+    least = 1 if expert_bytes > _CACHED_BYTES else _GROUPED_TILES
+    return _GROUP if tiles >= least else 1
 
 
 def _constexprs(
@@ -377,7 +381,7 @@ def launch_gemm(
         return
     constexprs = _constexprs(
         x.shape[1], out.shape[1], tile_tokens, tile, gather=gather, activation=activation, early=overlap and not gather,
-        group=_group(plan.shape),
+        group=_group(plan.shape, weights[0].nbytes),
     )  # fmt: skip
     is_gated = constexprs["GATED"]
     shape, strides, block = _weight_view(*weights.shape, tile, is_gated=is_gated)

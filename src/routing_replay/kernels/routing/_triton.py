@@ -13,12 +13,21 @@ from triton.language.extra import libdevice
 
 from routing_replay.kernels.routing.method import RoutingMethod, RoutingMethodType
 
-__all__ = ["ONE_WARP_EXPERTS", "compile_cases", "launch_route", "route_constexprs"]
+__all__ = [
+    "ONE_WARP_EXPERTS",
+    "QUICK_BITS",
+    "compile_cases",
+    "launch_route",
+    "quick_reciprocal",
+    "route_constexprs",
+]
 
 _IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _NAN_KEY = tl.constexpr(0x7FC00000)
 _NO_KEY = tl.constexpr(-0x80000000)
 _NO_ID = tl.constexpr(0x7FFFFFFF)
+QUICK_BITS = tl.constexpr((127 + 100) << 23)
+"""Of 2**100, from where on `quick_reciprocal` is not used."""
 
 
 @triton.jit
@@ -46,8 +55,49 @@ def _exp(x):
 
 
 @triton.jit
+def _approximate_reciprocal(x):
+    """To an ulp, by one instruction; the interpreter has no PTX."""
+    if _IS_INTERPRETED:
+        return tl.div_rn(1.0, x)
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def quick_reciprocal(x):
+    """The correctly rounded `1 / x` for x from 1 to 2**100, by two of Newton's steps in place of a branch.
+
+    A proof leaves out the significand of ones alone, where the first guess decides: benchmarks/ops/check_routing.py tries all.
+
+    Args:
+        x: float32, any shape.
+
+    Returns:
+        float32, of the same shape.
+
+    Runtime: device code; no branch.
+    """
+    guess = _approximate_reciprocal(x)
+    guess = tl.fma(guess, tl.fma(-x, guess, 1.0), guess)
+    return tl.fma(guess, tl.fma(-x, guess, 1.0), guess)
+
+
+@triton.jit
 def _sigmoid(x):
     return tl.div_rn(1.0, 1.0 + _exp(-x))
+
+
+@triton.jit
+def _sigmoids(x):
+    """`_sigmoid` of many: the compiler's division, a branch for each, is for rows where one is out of the quick one's range."""
+    denominators = 1.0 + _exp(-x)
+    # As integers: NaN and infinity are the largest.
+    if tl.max(denominators.to(tl.int32, bitcast=True), axis=0) < QUICK_BITS:
+        values = quick_reciprocal(denominators)
+    else:
+        values = tl.div_rn(1.0, denominators)
+    return values
 
 
 @triton.jit
@@ -132,7 +182,7 @@ def pick_experts(
     if SCORE == 1:
         scores, top, total = _softmax(scores, is_expert)
     if SCORE == 2:
-        scores = _sigmoid(scores)
+        scores = _sigmoids(scores)
     if BIAS == 1:
         scores += bias
     keys = tl.where(is_expert, _order_key(scores), _NO_KEY)
