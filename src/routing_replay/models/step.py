@@ -36,6 +36,9 @@ class StepInputs:
         spans: One per sequence, sequences that decode (one token) first.
         num_decodes: How many spans decode.
         decode_mask: bool `[num_decodes, 1, 1, max_blocks * block_size]`, True where a decoding row may attend.
+        query_starts: int32 `[B + 1]`, row of each sequence's first token, for the paged attention op; None on the CPU.
+        context_lens: int32 `[B]`, tokens of each sequence once the step has run, 0 for a sequence that pads; None on the CPU.
+        max_query_len: Most tokens of one sequence in the step.
     """
 
     token_ids: Tensor
@@ -45,6 +48,9 @@ class StepInputs:
     spans: tuple[SequenceSpan, ...]
     num_decodes: int
     decode_mask: Tensor
+    query_starts: Tensor | None = None
+    context_lens: Tensor | None = None
+    max_query_len: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
