@@ -6,13 +6,21 @@ A process of its own, because the interpreter is chosen where a kernel is define
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from routing_replay.kernels import ActivationType, RoutingMethod, RoutingMethodType
-from routing_replay.kernels.experts import ExpertWeights, SwigluParameters, combine_reference
-from routing_replay.kernels.experts.config import ExpertsChoice, GemmTile
+from routing_replay.kernels.experts import (
+    ExpertWeights,
+    SwigluParameters,
+    _triton_vector,
+    combine_reference,
+)
+from routing_replay.kernels.experts._triton_vector import launch_vector_experts
+from routing_replay.kernels.experts.config import ExpertsChoice, ExpertsConfig, GemmTile
 from routing_replay.kernels.fused_moe.launches import moe_triton_into, routed_moe_triton_into
 from routing_replay.kernels.fused_moe.layer import ExpertsLayer
 from routing_replay.kernels.fused_moe.reference import moe_reference, routed_moe_reference
@@ -127,6 +135,15 @@ def replay() -> None:
     close(run(logits, hidden, poisoned, forced=bad), expected_of(logits, hidden, poisoned, forced=bad))  # fmt: skip
 
 
+def part_of(layer: ExpertsLayer, here: slice) -> ExpertsLayer:
+    names = ("gemm1_weights", "gemm2_weights", "gemm1_bias", "gemm2_bias")
+    weights = ExpertWeights(**{name: getattr(layer.weights, name)[here] for name in names})
+    values = {name: getattr(layer.parameters, name)[here] for name in ("alpha", "beta", "limit")}
+    return replace(
+        layer, weights=weights, parameters=SwigluParameters(**values), local_expert_offset=here.start
+    )  # fmt: skip
+
+
 def expert_parallel() -> None:
     logits, hidden = torch.randn(4, E), torch.randn(4, H)
     layer = make_layer(with_all=True)
@@ -134,15 +151,7 @@ def expert_parallel() -> None:
     expected = run(logits, hidden, layer, recorded=whole)
     total = torch.zeros_like(expected)
     for first in range(0, E, 2):
-        here = slice(first, first + 2)
-        weights = ExpertWeights(
-            **{
-                name: getattr(layer.weights, name)[here]
-                for name in ("gemm1_weights", "gemm2_weights", "gemm1_bias", "gemm2_bias")
-            }
-        )
-        values = {name: getattr(layer.parameters, name)[here] for name in ("alpha", "beta", "limit")}  # fmt: skip
-        part = replace(layer, weights=weights, parameters=SwigluParameters(**values), local_expert_offset=first)  # fmt: skip
+        part = part_of(layer, slice(first, first + 2))
         recorded = buffer(4)
         out = run(logits, hidden, part, recorded=recorded)
         assert torch.equal(recorded, whole), "every rank records all ids"
@@ -150,6 +159,66 @@ def expert_parallel() -> None:
         assert (out[~is_here] == 0).all()
         total += out
     close(total, expected)
+
+
+def experts_of(
+    ids: list[list[int]], layer: ExpertsLayer, *, are_distinct: bool = False, ahead: int = 3
+) -> tuple[Tensor, Tensor]:
+    """What both GEMMs write, into memory of NaN; GEMM 2 takes two steps for an expert."""
+    topk_ids = torch.tensor(ids, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(1)
+    hidden, output = torch.randn(3, H, generator=generator), torch.full((3, H), float("nan"))
+    topk_weights = torch.rand(3, topk_ids.shape[1], generator=generator)
+    activated = torch.full((topk_ids.numel(), I), float("nan"))
+    fixed = choice(ahead=ahead)
+    tokens = slice(0, len(ids))
+    gemm2 = replace(fixed.gemm2, rows=64, depth=16)
+    # Where no pair is computed here, none takes a turn: nothing may be divided by their number.
+    with np.errstate(divide="raise"):
+        launch_vector_experts(
+            hidden[tokens],
+            topk_ids,
+            topk_weights[tokens],
+            layer.weights,
+            activated,
+            output[tokens],
+            config=ExpertsConfig(engine="vector", tile_tokens=1, gemm1=fixed.gemm1, gemm2=gemm2),
+            activation=layer.activation,
+            parameters=layer.parameters,
+            num_experts=layer.num_experts,
+            local_expert_offset=layer.local_expert_offset,
+            are_distinct=are_distinct,
+        )
+    parts = routed_moe_reference(topk_ids, topk_weights[tokens], hidden[tokens], layer, routing_replay_out=None)  # fmt: skip
+    close(output[tokens], combine_reference(*parts))
+    return activated, output[tokens]
+
+
+def part_of_the_experts() -> None:
+    """On a part of the experts, both GEMMs write the bits that all experts give where the other ids are missing."""
+    whole = make_layer(with_all=True)
+    here = slice(3, 6)
+    part = part_of(whole, here)
+    distinct = (
+        [[0, 7, 1]],
+        [[3, 4, 5], [5, 3, 4]],
+        [[5, 0, 1], [2, 6, 7], [6, 3, 5]],
+        [[-1, 8, 3], [70000, -2, 5]],
+    )
+    repeated = ([[4, 4, 3], [0, 0, 4], [3, 0, 3]], [[-1, -1, -1]])
+    for ids in (*distinct, *repeated):
+        others_missing = [[e if here.start <= e < here.stop else -1 for e in row] for row in ids]
+        expected_activated, expected = experts_of(others_missing, whole)
+        activated, out = experts_of(ids, part, are_distinct=ids in distinct)
+        torch.testing.assert_close(activated, expected_activated, atol=0, rtol=0, equal_nan=True)  # fmt: skip
+        assert torch.equal(out, expected)
+    ids = [[5, 0, 1], [6, 3, 5]]
+    out = experts_of(ids, part)[1]
+    assert torch.equal(experts_of(ids, part, ahead=1)[1], out), "what loads early changed a bit"
+    with patch.object(_triton_vector, "_MOST_PAIRS_SEEN", 5):
+        assert torch.equal(experts_of(ids, part)[1], out), "many pairs have other bits"
+    changed = experts_of([[5, 0, 2], [6, 4, 5]], part)[1]
+    assert (changed != out).any(1).tolist() == [False, True]
 
 
 def shared_and_strided() -> None:
@@ -183,7 +252,14 @@ def routed() -> None:
 
 NAMES: dict[str, Callable[[], None]] = {
     function.__name__: function
-    for function in (activations, replay, expert_parallel, shared_and_strided, routed)
+    for function in (
+        activations,
+        replay,
+        expert_parallel,
+        part_of_the_experts,
+        shared_and_strided,
+        routed,
+    )
 }
 
 

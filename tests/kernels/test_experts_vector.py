@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("interpreted_vector.py")
-NAMES = ("activations", "replay", "expert_parallel", "shared_and_strided", "routed")
+NAMES = (
+    "activations", "replay", "expert_parallel", "part_of_the_experts", "shared_and_strided", "routed",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

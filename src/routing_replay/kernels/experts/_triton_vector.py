@@ -19,6 +19,16 @@ from routing_replay.kernels.routing._triton import wait_for_earlier_kernel
 __all__ = ["compile_cases", "launch_vector_experts"]
 
 
+# With only a part of the experts here, every CTA of GEMM 1 looks at all pairs, up to so many.
+_MOST_PAIRS_SEEN = 128
+
+
+@triton.jit
+def _is_local(expert, first_expert, NUM_EXPERTS: tl.constexpr, NUM_LOCAL: tl.constexpr):
+    local = expert - first_expert
+    return (expert >= 0) & (expert < NUM_EXPERTS) & (local >= 0) & (local < NUM_LOCAL)
+
+
 @triton.jit
 def _expert_of(
     ids_ptr, token, rank, first_expert, NUM_EXPERTS: tl.constexpr, NUM_LOCAL: tl.constexpr, TOP_K: tl.constexpr,
@@ -27,13 +37,39 @@ def _expert_of(
     """The local expert of a pair, and whether it is computed here."""
     row_ptr = ids_ptr + token * TOP_K
     expert = tl.load(row_ptr + rank)
-    local = expert - first_expert
-    is_here = (expert >= 0) & (expert < NUM_EXPERTS) & (local >= 0) & (local < NUM_LOCAL)
+    is_here = _is_local(expert, first_expert, NUM_EXPERTS, NUM_LOCAL)
     if not DISTINCT:
         earlier = tl.arange(0, TOP_K_POW2)
         others = tl.load(row_ptr + earlier, mask=earlier < rank, other=-1)
         is_here = is_here & (tl.sum((others == expert).to(tl.int32), axis=0) == 0)
-    return local.to(tl.int64), is_here
+    return (expert - first_expert).to(tl.int64), is_here
+
+
+@triton.jit
+def _turns_of(
+    ids_ptr, num_pairs, first_expert, PAIRS_POW2: tl.constexpr, NUM_EXPERTS: tl.constexpr, NUM_LOCAL: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_K_POW2: tl.constexpr, DISTINCT: tl.constexpr,
+):  # fmt: skip
+    """Among the pairs of whole rows that are computed here, the turn of each, `[PAIRS_POW2]`, -1 for others; their number."""
+    pair = tl.arange(0, PAIRS_POW2)
+    is_pair = pair < num_pairs
+    expert = tl.load(ids_ptr + pair, mask=is_pair, other=-1)
+    is_here = _is_local(expert, first_expert, NUM_EXPERTS, NUM_LOCAL)
+    if not DISTINCT:
+        rank = (pair % TOP_K)[:, None]
+        earlier = tl.arange(0, TOP_K_POW2)[None, :]
+        is_earlier = is_pair[:, None] & (earlier < rank)
+        others = tl.load(ids_ptr + (pair[:, None] - rank + earlier), mask=is_earlier, other=-1)
+        is_here = is_here & (tl.sum((others == expert[:, None]).to(tl.int32), axis=1) == 0)
+    counted = is_here.to(tl.int32)
+    return tl.where(is_here, tl.cumsum(counted, axis=0) - 1, -1), tl.sum(counted, axis=0)
+
+
+@triton.jit
+def _pair_at(ids_ptr, turns, turn, first_expert):
+    """The pair that has a turn, and its local expert: both mean nothing where no pair has it."""
+    pair = tl.sum(tl.where(turns == turn, tl.arange(0, turns.shape[0]), 0), axis=0)
+    return pair, (tl.load(ids_ptr + pair) - first_expert).to(tl.int64)
 
 
 @triton.jit
@@ -68,18 +104,32 @@ def _vector_gemm1_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr, IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_CLAMP: tl.constexpr, NUM_EXPERTS: tl.constexpr,
     NUM_LOCAL: tl.constexpr, TOP_K: tl.constexpr, TOP_K_POW2: tl.constexpr, DISTINCT: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr, PARTIAL: tl.constexpr, PAIRS_POW2: tl.constexpr,
 ):  # fmt: skip
-    """One CTA for (pair, block of output columns)."""
+    """One CTA for (pair, block of output columns).
+
+    PARTIAL: the first CTAs are those of the pairs computed here, so that these spread over all SMs; the others end at once.
+    """
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     # Pairs take turns at each block: those of one expert read its weights together, from memory once.
-    pair = tl.program_id(0) % num_pairs
-    block = tl.program_id(0) // num_pairs
-    token = pair // TOP_K
-    wait_for_earlier_kernel(PDL)
-    expert, is_here = _expert_of(
-        ids_ptr, token, pair % TOP_K, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
-    )  # fmt: skip
+    if PARTIAL:
+        wait_for_earlier_kernel(PDL)
+        turns, num_here = _turns_of(
+            ids_ptr, num_pairs, first_expert, PAIRS_POW2, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
+        )  # fmt: skip
+        is_here = tl.program_id(0) < num_here * tl.cdiv(OUT, ROWS)
+        num_turns = tl.maximum(num_here, 1)
+        pair, expert = _pair_at(ids_ptr, turns, tl.program_id(0) % num_turns, first_expert)
+        block = tl.program_id(0) // num_turns
+        token = pair // TOP_K
+    else:
+        pair = tl.program_id(0) % num_pairs
+        block = tl.program_id(0) // num_pairs
+        token = pair // TOP_K
+        wait_for_earlier_kernel(PDL)
+        expert, is_here = _expert_of(
+            ids_ptr, token, pair % TOP_K, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
+        )  # fmt: skip
     if is_here:
         column = block * ROWS + tl.arange(0, ROWS)
         mask = column < OUT
@@ -106,15 +156,36 @@ def _vector_gemm1_kernel(
 
 
 @triton.jit
+def _weighted_row(
+    h_ptr, weights_ptr, bias_ptr, topk_weights_ptr, early, token, rank, expert, column, mask, FIRST: tl.constexpr,
+    CHUNKS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
+    TOP_K: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """What a pair adds to its token; its first blocks of weights are `early` from FIRST on, as far as these go."""
+    row_ptr = h_ptr + (token * TOP_K + rank).to(tl.int64) * IN
+    sums = tl.zeros((ROWS, DEPTH), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        at = chunk * DEPTH + tl.arange(0, DEPTH)
+        if FIRST + chunk < AHEAD:
+            weights = early[FIRST + chunk]
+        else:
+            weights = _load_weights(weights_ptr, expert * OUT + column, mask, at, IN)
+        sums += weights.to(tl.float32) * _load_same(row_ptr, mask, at, IN)
+    value = _finish(tl.sum(sums, axis=1), bias_ptr, expert * OUT + column, mask, HAS_BIAS, DTYPE)
+    return value * tl.load(topk_weights_ptr + token * TOP_K + rank)
+
+
+@triton.jit
 def _vector_gemm2_kernel(
     h_ptr, weights_ptr, out_ptr, ids_ptr, topk_weights_ptr, bias_ptr, out_stride, num_tokens, first_expert,
     IN: tl.constexpr, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, NUM_EXPERTS: tl.constexpr, NUM_LOCAL: tl.constexpr,
     TOP_K: tl.constexpr, TOP_K_POW2: tl.constexpr, DISTINCT: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """One CTA for (token, block of output columns): all its experts, summed rank by rank.
 
     With PDL the ids are ready before the kernel ahead begins: AHEAD blocks of weights are on their way while it runs.
+    PARTIAL: only the ranks that are computed here are gone through, so that those blocks are of weights that are used.
     """
     CHUNKS: tl.constexpr = (IN + DEPTH - 1) // DEPTH
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
@@ -122,33 +193,46 @@ def _vector_gemm2_kernel(
     block = tl.program_id(0) // num_tokens
     column = block * ROWS + tl.arange(0, ROWS)
     is_column = column < OUT
+    row_ids_ptr = ids_ptr + token * TOP_K
+    if PARTIAL:
+        turns, num_here = _turns_of(
+            row_ids_ptr, TOP_K, first_expert, TOP_K_POW2, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
+        )  # fmt: skip
     early = ()
     for index in tl.static_range(AHEAD):
-        expert, is_here = _expert_of(
-            ids_ptr, token, index // CHUNKS, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
-        )  # fmt: skip
+        if PARTIAL:
+            _, expert = _pair_at(row_ids_ptr, turns, index // CHUNKS, first_expert)
+            is_here = index // CHUNKS < num_here
+        else:
+            expert, is_here = _expert_of(
+                ids_ptr, token, index // CHUNKS, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
+            )  # fmt: skip
         at = (index % CHUNKS) * DEPTH + tl.arange(0, DEPTH)
         weights = _load_weights(weights_ptr, expert * OUT + column, is_column & is_here, at, IN)
         early = early + (weights,)  # noqa: RUF005 -- Triton adds tuples, and does not unpack them
     wait_for_earlier_kernel(PDL)
     total = tl.zeros((ROWS,), tl.float32)
     for rank in tl.static_range(TOP_K):
-        expert, is_here = _expert_of(
-            ids_ptr, token, rank, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
-        )  # fmt: skip
-        mask = is_column & is_here
-        row_ptr = h_ptr + (token * TOP_K + rank).to(tl.int64) * IN
-        sums = tl.zeros((ROWS, DEPTH), tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            at = chunk * DEPTH + tl.arange(0, DEPTH)
-            if rank * CHUNKS + chunk < AHEAD:
-                weights = early[rank * CHUNKS + chunk]
-            else:
-                weights = _load_weights(weights_ptr, expert * OUT + column, mask, at, IN)
-            sums += weights.to(tl.float32) * _load_same(row_ptr, mask, at, IN)
-        value = _finish(tl.sum(sums, axis=1), bias_ptr, expert * OUT + column, mask, HAS_BIAS, DTYPE)  # fmt: skip
-        # A pair that is not computed here adds 0, whatever its weight.
-        total += tl.where(is_here, value * tl.load(topk_weights_ptr + token * TOP_K + rank), 0.0)
+        if PARTIAL:
+            # Added outside of the branch: inside, product and sum would be rounded once, and give other bits.
+            added = tl.zeros((ROWS,), tl.float32)
+            if rank < num_here:
+                present, local = _pair_at(row_ids_ptr, turns, rank, first_expert)
+                added = _weighted_row(
+                    h_ptr, weights_ptr, bias_ptr, topk_weights_ptr, early, token, present, local, column, is_column,
+                    rank * CHUNKS, CHUNKS, IN, OUT, HAS_BIAS, DTYPE, TOP_K, ROWS, DEPTH, AHEAD,
+                )  # fmt: skip
+            total += added
+        else:
+            expert, is_here = _expert_of(
+                ids_ptr, token, rank, first_expert, NUM_EXPERTS, NUM_LOCAL, TOP_K, TOP_K_POW2, DISTINCT
+            )  # fmt: skip
+            added = _weighted_row(
+                h_ptr, weights_ptr, bias_ptr, topk_weights_ptr, early, token, rank, expert, column,
+                is_column & is_here, rank * CHUNKS, CHUNKS, IN, OUT, HAS_BIAS, DTYPE, TOP_K, ROWS, DEPTH, AHEAD,
+            )  # fmt: skip
+            # A pair that is not computed here adds 0, whatever its weight.
+            total += tl.where(is_here, added, 0.0)
     tl.store(
         out_ptr + token.to(tl.int64) * out_stride + column, rounded(total, DTYPE), mask=is_column
     )
@@ -168,10 +252,12 @@ def _shared(
 
 
 def _constexprs1(
-    width: int, columns: int, tile: GemmTile, activation: ActivationType, given: frozenset[str]
-) -> dict[str, Any]:
+    width: int, columns: int, tile: GemmTile, activation: ActivationType, given: frozenset[str], num_pairs: int,
+    *, is_partial: bool,
+) -> dict[str, Any]:  # fmt: skip
     """`given` names the optional tensors that there are."""
     takes_parameters = activation is ActivationType.Swiglu
+    sees_all = is_partial and num_pairs <= _MOST_PAIRS_SEEN
     return {
         "IN": width,
         "OUT": columns,
@@ -183,10 +269,14 @@ def _constexprs1(
         "HAS_CLAMP": takes_parameters and "limit" in given,
         "ROWS": tile.rows // 2 if activation.is_gated else tile.rows,
         "DEPTH": tile.depth,
+        "PARTIAL": sees_all,
+        "PAIRS_POW2": triton.next_power_of_2(num_pairs) if sees_all else 1,
     }
 
 
-def _constexprs2(width: int, columns: int, tile: GemmTile, top_k: int, *, has_bias: bool) -> dict[str, Any]:  # fmt: skip
+def _constexprs2(
+    width: int, columns: int, tile: GemmTile, top_k: int, *, has_bias: bool, is_partial: bool
+) -> dict[str, Any]:
     return {
         "IN": width,
         "OUT": columns,
@@ -194,6 +284,7 @@ def _constexprs2(width: int, columns: int, tile: GemmTile, top_k: int, *, has_bi
         "ROWS": tile.rows,
         "DEPTH": tile.depth,
         "AHEAD": min(tile.stages, top_k * triton.cdiv(width, tile.depth)),
+        "PARTIAL": is_partial,
     }
 
 
@@ -216,7 +307,8 @@ def launch_vector_experts(
     """Run the experts of a few tokens and sum them, in two launches.
 
     Every pair reads the weights of its expert by itself, so that the work grows with T * K and not with the experts
-    touched: for up to a few tokens, where these are nearly the same.
+    touched: for up to a few tokens, where these are nearly the same. With a part of the experts here, pairs of other ranks
+    take neither the first CTAs nor the loads ahead.
 
     Args:
         hidden_states: `[T, H]`; rows of consecutive elements.
@@ -250,15 +342,19 @@ def launch_vector_experts(
     }
     given = frozenset(name for name, tensor in optional.items() if tensor is not None)
     shared = _shared(num_experts, num_local, top_k, are_distinct=are_distinct, overlap=overlap)
-    first = _constexprs1(hidden_size, intermediate_size, config.gemm1, activation, given)
-    _vector_gemm1_kernel[(num_tokens * top_k * triton.cdiv(intermediate_size, first["ROWS"]),)](
+    num_pairs = num_tokens * top_k
+    is_partial = num_local < num_experts
+    first = _constexprs1(
+        hidden_size, intermediate_size, config.gemm1, activation, given, num_pairs, is_partial=is_partial
+    )  # fmt: skip
+    _vector_gemm1_kernel[(num_pairs * triton.cdiv(intermediate_size, first["ROWS"]),)](
         hidden_states,
         weights.gemm1_weights,
         activated,
         topk_ids,
         *optional.values(),
         hidden_states.stride(0),
-        num_tokens * top_k,
+        num_pairs,
         local_expert_offset,
         num_warps=config.gemm1.warps,
         **first,
@@ -266,7 +362,9 @@ def launch_vector_experts(
         launch_pdl=overlap,
     )
     has_bias = weights.gemm2_bias is not None
-    second = _constexprs2(intermediate_size, hidden_size, config.gemm2, top_k, has_bias=has_bias)
+    second = _constexprs2(
+        intermediate_size, hidden_size, config.gemm2, top_k, has_bias=has_bias, is_partial=is_partial
+    )  # fmt: skip
     _vector_gemm2_kernel[(num_tokens * triton.cdiv(hidden_size, second["ROWS"]),)](
         activated,
         weights.gemm2_weights,
@@ -288,7 +386,7 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
     """Examples for the compile tests: (name, kernel, signature, constexprs).
 
     Returns:
-        Both GEMMs of three layers, plain and with everything, and ids that may repeat.
+        Both GEMMs of five layers: plain, with everything, with ids that may repeat, and with a part of the experts.
     """
     pointers = {"x": "bf16", "weights": "bf16", "out": "bf16", "h": "bf16", "ids": "i32", "topk_weights": "fp32",
                 "bias": "fp32", "alpha": "fp32", "beta": "fp32", "clamp": "fp32"}  # fmt: skip
@@ -300,16 +398,21 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
     wide = GemmTile(rows=4, depth=256, stages=12, warps=4)
     none: frozenset[str] = frozenset()
     everything = frozenset(("bias", "alpha", "beta", "limit"))
+    num_experts = 128
     layers = {
-        "qwen3": (2048, 768, 128, 8, ActivationType.Swiglu, none),
-        "gpt_oss": (2880, 2880, 128, 4, ActivationType.Swiglu, everything),
-        "nemotron": (2688, 1856, 128, 6, ActivationType.Relu2, none),
+        "qwen3": (2048, 768, num_experts, 8, ActivationType.Swiglu, none),
+        "gpt_oss": (2880, 2880, num_experts, 4, ActivationType.Swiglu, everything),
+        "nemotron": (2688, 1856, num_experts, 6, ActivationType.Relu2, none),
+        "qwen3_part": (2048, 768, 16, 8, ActivationType.Swiglu, none),
+        "gpt_oss_part": (2880, 2880, 64, 4, ActivationType.Swiglu, everything),
     }
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
-    for name, (hidden, intermediate, experts, top_k, activation, given) in layers.items():
-        shared = _shared(experts, experts, top_k, are_distinct=name == "qwen3", overlap=False)
-        first = {**_constexprs1(hidden, intermediate, narrow, activation, given), **shared}
-        second = {**_constexprs2(intermediate, hidden, wide, top_k, has_bias=bool(given)), **shared}
-        cases.append((f"{name}_1", _vector_gemm1_kernel, signature, first))
-        cases.append((f"{name}_2", _vector_gemm2_kernel, signature, second))
+    for name, (hidden, intermediate, local, top_k, activation, given) in layers.items():
+        are_distinct = name.startswith("qwen3")
+        shared = _shared(num_experts, local, top_k, are_distinct=are_distinct, overlap=False)
+        part, has_bias = local < num_experts, bool(given)
+        first = _constexprs1(hidden, intermediate, narrow, activation, given, 8 * top_k, is_partial=part)  # fmt: skip
+        second = _constexprs2(intermediate, hidden, wide, top_k, has_bias=has_bias, is_partial=part)
+        cases.append((f"{name}_1", _vector_gemm1_kernel, signature, {**first, **shared}))
+        cases.append((f"{name}_2", _vector_gemm2_kernel, signature, {**second, **shared}))
     return cases
