@@ -11,6 +11,7 @@ from torch import Tensor
 
 from routing_replay.errors import ConfigError
 from routing_replay.kernels import RowFault, gather_rows
+from routing_replay.kernels.gather import gather_step
 
 
 def _cache(layers: int, rows: int, top_k: int, num_experts: int) -> Tensor:
@@ -66,6 +67,23 @@ def test_gather_rows_flags_one_bad_layer(ids: tuple[int, ...], fault: RowFault):
     assert rows[3, 2].tolist() == [i if 0 <= i < 8 else 255 for i in ids]
 
 
+def test_gather_step_takes_the_first_rows_into_a_larger_slot():
+    cache = _cache(3, 10, 4, 16)
+    cache[1, 2, 3] = -1
+    before = cache.clone()
+    rows = torch.full((9, 3, 4), 77, dtype=torch.uint8)
+    flags = torch.full((9,), 77, dtype=torch.uint8)
+    gather_step(cache, num_rows=4, num_reset=8, rows_out=rows, flags_out=flags, num_experts=16)
+    expected = before[:, :4].transpose(0, 1)
+    assert torch.equal(rows[:4].long(), torch.where(expected < 0, 255, expected).long())
+    assert flags.tolist() == [0, 0, int(RowFault.MISSING), 0, *[77] * 5]
+    assert (rows[4:] == 77).all()
+    assert (cache[:, :8] == -1).all()
+    assert torch.equal(cache[:, 8:], before[:, 8:])
+    gather_step(cache, num_rows=0, num_reset=0, rows_out=rows, flags_out=flags, num_experts=16)
+    assert torch.equal(cache[:, 8:], before[:, 8:])
+
+
 def test_gather_rows_without_rows_still_resets():
     cache = _cache(2, 4, 2, 8)
     _gather(cache, torch.empty(0, dtype=torch.int64), 4, 8)
@@ -110,11 +128,11 @@ def test_gather_rows_passes_opcheck():
 _INTERPRETED = """
 import torch
 from routing_replay.kernels.gather import gather_rows_reference
-from routing_replay.kernels.gather._triton import launch_gather_rows
+from routing_replay.kernels.gather._triton import launch_gather_rows, launch_gather_step
 
 torch.manual_seed(0)
 seen = set()
-for layers, num_rows, top_k, num_experts in ((3, 40, 4, 16), (2, 33, 3, 300), (1, 5, 1, 8)):
+for layers, num_rows, top_k, num_experts in ((3, 40, 4, 16), (2, 33, 3, 300), (1, 5, 1, 8), (2, 270, 2, 8)):
     cache = torch.randint(-2, num_experts + 1, (layers, num_rows, top_k)).to(torch.int16)
     distinct = torch.rand(layers, num_rows, num_experts).argsort(-1)[..., :top_k].to(torch.int16)
     cache[:, ::2] = distinct[:, ::2]
@@ -130,6 +148,17 @@ for layers, num_rows, top_k, num_experts in ((3, 40, 4, 16), (2, 33, 3, 300), (1
         results.append((own, rows, flags))
     assert all(torch.equal(a, b) for a, b in zip(*results)), (layers, num_rows, top_k, num_experts)
     seen |= set(results[0][2][: num_rows - 2].tolist())
+    # The step's own form: rows in order, live ones gathered, padding rows of the bucket reset with them.
+    live, bucket = num_rows - 2, num_rows - 1
+    own, rows, flags = cache.clone(), torch.full_like(rows, 77), torch.full_like(flags, 77)
+    launch_gather_step(own, live, rows, flags, bucket, num_experts)
+    expected = cache.clone(), torch.full_like(rows, 77), torch.full_like(flags, 77)
+    gather_rows_reference(expected[0], slice(live), expected[1], expected[2], bucket, num_experts)
+    found = (own, rows, flags)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected)), (layers, num_rows)
+    own = cache.clone()
+    launch_gather_step(own, 0, rows, flags, 2, num_experts)
+    assert torch.equal(rows, found[1]) and (own[:, :2] == -1).all() and torch.equal(own[:, 2:], cache[:, 2:])
 assert seen >= {0, 1, 2, 3, 4, 5, 6, 7}, seen
 print("equal")
 """

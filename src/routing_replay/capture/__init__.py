@@ -1,15 +1,15 @@
 """The capture runtime: device cache, replay buffer, host cache, and the pipeline between them."""
 
+from routing_replay.capture.bad_rows import describe_bad_row
 from routing_replay.capture.canary import canary_ids, check_canary
 from routing_replay.capture.device_cache import DeviceCache, RoutingSpec, StepRows
-from routing_replay.capture.host_cache import BlockRef, HostCache, RequestRows
-from routing_replay.capture.pipeline import (
-    CapturePipeline,
-    RowSpan,
-    UncachedPrefix,
-    describe_bad_row,
-)
+from routing_replay.capture.host_cache import HostCache
+from routing_replay.capture.pending import StepTicket
+from routing_replay.capture.pipeline import CapturePipeline, CaptureStats, UncachedPrefix
 from routing_replay.capture.replay_buffer import ReplayBuffer
+from routing_replay.capture.request_rows import RequestRows
+from routing_replay.capture.row_span import BlockRef, RowPiece, RowSpan
+from routing_replay.capture.staging import CudaStaging, HostRows, Staging
 from routing_replay.capture.support import REFUSED, SUPPORTED, Refusal, check_capture_support
 
 __all__ = [
@@ -17,14 +17,20 @@ __all__ = [
     "SUPPORTED",
     "BlockRef",
     "CapturePipeline",
+    "CaptureStats",
+    "CudaStaging",
     "DeviceCache",
     "HostCache",
+    "HostRows",
     "Refusal",
     "ReplayBuffer",
     "RequestRows",
     "RoutingSpec",
+    "RowPiece",
     "RowSpan",
+    "Staging",
     "StepRows",
+    "StepTicket",
     "UncachedPrefix",
     "canary_ids",
     "check_canary",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from routing_replay.errors import CaptureOverflowError, ConfigError
-from routing_replay.kernels import MISSING_ID, gather_rows
+from routing_replay.kernels import MISSING_ID
+from routing_replay.kernels.gather import gather_step
 
 __all__ = ["DeviceCache", "RoutingSpec", "StepRows"]
 
@@ -37,14 +38,19 @@ class RoutingSpec:
         """uint8 where 255 is free to mean a bad id, otherwise int16."""
         return torch.uint8 if self.num_experts <= 255 else torch.int16
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of all layers in `staging_dtype`."""
+        return self.num_moe_layers * self.top_k * self.staging_dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """The rows of one step, gathered and flagged.
+    """A place for the rows of one step and their flags.
 
     Attributes:
-        rows: uint8 or int16 `[n, L, K]` (`RoutingSpec.staging_dtype`).
-        flags: uint8 `[n]`, `RowFault` bits; 0 is a good row.
+        rows: uint8 or int16 `[>= n, L, K]` (`RoutingSpec.staging_dtype`).
+        flags: uint8 `[>= n]`, `RowFault` bits; 0 is a good row.
     """
 
     rows: Tensor
@@ -76,6 +82,11 @@ class DeviceCache:
         shape = (spec.num_moe_layers, num_rows, spec.top_k)
         self._ids = torch.full(shape, MISSING_ID, dtype=torch.int16, device=device)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._ids.device
+
     def layer(self, moe_layer_idx: int) -> Tensor:
         """Return the contiguous int16 `[N, K]` view of one MoE layer.
 
@@ -89,36 +100,35 @@ class DeviceCache:
         """
         return self._ids[moe_layer_idx]
 
-    def gather(self, row_idx: Tensor, *, num_reset: int) -> StepRows:
-        """Take a step's rows out of the cache, check them, and reset the bucket to -1.
+    def gather(self, num_rows: int, *, num_reset: int, out: StepRows) -> None:
+        """Take a step's first rows out of the cache, check them, and reset the bucket to -1.
 
         Args:
-            row_idx: int64 `[n]`, cache rows of the live tokens.
+            num_rows: n, live rows of the step: cache rows `[0, n)`.
             num_reset: Rows of the step's bucket, padding rows included.
-
-        Returns:
-            The rows and their flags, on the device of the cache.
+            out: Where rows and flags go, on the device of the cache, from its row 0 on.
 
         Raises:
             CaptureOverflowError: The bucket is larger than the cache.
+            ConfigError: There are more live rows than rows of the bucket.
 
-        Runtime: no host sync; allocates the result; bitwise deterministic.
+        Runtime: no host sync; one launch; no allocation on a GPU; bitwise deterministic.
         """
         if num_reset > self.num_rows:
             raise CaptureOverflowError(
                 f"a step of {num_reset} rows does not fit the device cache of {self.num_rows} rows; "
                 "raise max_num_batched_tokens, which sizes it"
             )
-        num_live = row_idx.shape[0]
-        shape = (num_live, self.spec.num_moe_layers, self.spec.top_k)
-        rows = torch.empty(shape, dtype=self.spec.staging_dtype, device=self._ids.device)
-        flags = torch.empty(num_live, dtype=torch.uint8, device=self._ids.device)
-        gather_rows(
+        if num_rows > num_reset:
+            raise ConfigError(
+                f"num_rows={num_rows} live rows do not fit num_reset={num_reset}; the bucket of a step holds its live "
+                "rows and its padding rows"
+            )
+        gather_step(
             self._ids,
-            row_idx,
-            rows_out=rows,
-            flags_out=flags,
+            num_rows=num_rows,
             num_reset=num_reset,
+            rows_out=out.rows,
+            flags_out=out.flags,
             num_experts=self.spec.num_experts,
         )
-        return StepRows(rows, flags)

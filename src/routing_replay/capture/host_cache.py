@@ -7,75 +7,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from routing_replay.capture.device_cache import RoutingSpec
+from routing_replay.capture.request_rows import GrowingRows, RequestRows
+from routing_replay.capture.row_span import BlockRef, RowPiece
 from routing_replay.errors import CaptureError, ConfigError
 
-__all__ = ["BlockRef", "HostCache", "RequestRows"]
-
-_FIRST_CAPACITY = 64
+__all__ = ["HostCache"]
 
 
 @dataclass(frozen=True, slots=True)
-class BlockRef:
-    """One life of a physical KV block.
+class _Places:
+    """Where the rows of a step go among the rows of all blocks.
 
     Attributes:
-        block_id: Index of the block in the KV cache.
-        epoch: Advances whenever the block is given to new tokens.
+        block_ids: int64 `[parts]`, a block and the part of it that the step fills.
+        epochs: int64 `[parts]`.
+        places: int64 `[rows]`, `block_id * block_size + offset` of each row.
+        rows: int64 `[rows]`, the row of the step; None for all in their order.
+        counts: int64 `[parts]`, rows of each part; None for one each.
     """
 
-    block_id: int
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class RequestRows:
-    """The rows of one request, from token 0 on.
-
-    Attributes:
-        ids: `[rows, L, K]`, a copy in the staging dtype.
-        valid: bool `[rows]`; False where no layer's ids arrived.
-        weights_version: int64 `[rows]`, the version of the weights that computed each row; 0 where not valid.
-        num_prefix: How many rows came from the KV blocks of a prefix hit.
-    """
-
-    ids: NDArray[np.integer]
-    valid: NDArray[np.bool_]
-    weights_version: NDArray[np.int64]
-    num_prefix: int
-
-
-class _Rows:
-    """A growing `[rows, L, K]` array with a validity mask; capacity doubles, so appending is linear in total."""
-
-    def __init__(self, row_shape: tuple[int, int], dtype: np.dtype) -> None:
-        self.ids = np.empty((_FIRST_CAPACITY, *row_shape), dtype)
-        self.valid = np.zeros(_FIRST_CAPACITY, np.bool_)
-        self.versions = np.zeros(_FIRST_CAPACITY, np.int64)
-        self.end = 0
-        self.num_prefix = 0
-
-    def write(
-        self,
-        start: int,
-        ids: NDArray[np.integer],
-        valid: NDArray[np.bool_] | bool,
-        version: NDArray[np.int64] | int,
-    ) -> None:
-        end = start + len(ids)
-        if end > len(self.ids):
-            self._grow(max(end, 2 * len(self.ids)))
-        self.ids[start:end] = ids
-        self.valid[start:end] = valid
-        self.versions[start:end] = version
-        self.end = max(self.end, end)
-
-    def _grow(self, capacity: int) -> None:
-        ids = np.empty((capacity, *self.ids.shape[1:]), self.ids.dtype)
-        valid, versions = np.zeros(capacity, np.bool_), np.zeros(capacity, np.int64)
-        count = self.end
-        ids[:count], valid[:count] = self.ids[:count], self.valid[:count]
-        versions[:count] = self.versions[:count]
-        self.ids, self.valid, self.versions = ids, valid, versions
+    block_ids: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+    places: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    counts: NDArray[np.int64] | None
 
 
 class HostCache:
@@ -83,6 +38,9 @@ class HostCache:
 
     A prefix hit takes the rows of exactly the blocks that it attends to. A request owns copies, so that two requests
     which computed the same prefix keep their own rows, and rows die with their block.
+
+    One thread writes at a time. Another may meanwhile ask `holds`, `count_held`, `is_running` and `num_rows`, and
+    `take` rows that are here.
 
     Args:
         spec: Layers, experts and K of the model.
@@ -93,10 +51,14 @@ class HostCache:
     def __init__(self, spec: RoutingSpec, *, num_blocks: int, block_size: int) -> None:
         self._row_shape = (spec.num_moe_layers, spec.top_k)
         self._dtype = np.dtype(np.uint8 if spec.num_experts <= 255 else np.int16)
-        self._block_size = block_size
-        self._requests: dict[str, _Rows] = {}
+        self.block_size = block_size
+        self._requests: dict[str, GrowingRows] = {}
         # np.empty is lazily backed: memory is taken as blocks are first written.
         self._block_ids = np.empty((num_blocks, block_size, *self._row_shape), self._dtype)
+        # The same memory with a row as one item: a step's rows are then placed by one copy each.
+        self._packed = self._block_ids.reshape(num_blocks * block_size, -1).view(
+            np.dtype((np.void, spec.row_bytes))
+        )[:, 0]
         self._block_valid = np.zeros((num_blocks, block_size), np.bool_)
         self._block_version = np.zeros((num_blocks, block_size), np.int64)
         self._block_epoch = np.full(num_blocks, -1, np.int64)
@@ -111,9 +73,29 @@ class HostCache:
         """Bytes of the rows of all running requests; rows of blocks are not in it, they never grow."""
         return sum(rows.ids.nbytes for rows in self._requests.values())
 
+    def held_rows(self, block: BlockRef) -> NDArray[np.bool_]:
+        """Return which rows of this life of a block are here; bool `[block_size]`, a copy."""
+        is_current = self._block_epoch[block.block_id] == block.epoch
+        return self._block_valid[block.block_id] & is_current
+
     def holds(self, block: BlockRef) -> bool:
         """Return whether every row of a full block is here, for this life of the block."""
-        return bool(self._held(block).all())
+        return bool(self.held_rows(block).all())
+
+    def count_held(self, prefix: Sequence[BlockRef]) -> int:
+        """Return how many leading blocks of a prefix are here with every row.
+
+        Args:
+            prefix: Full blocks in token order.
+
+        Returns:
+            The position of the first block that is not, or the number of blocks.
+        """
+        block_ids, epochs = _refs(prefix)
+        # The epoch first: rows of a new life are marked after its epoch is set.
+        is_held = self._block_epoch[block_ids] == epochs
+        is_held &= self._block_valid[block_ids].all(axis=1)
+        return len(prefix) if is_held.all() else int(is_held.argmin())
 
     def begin(
         self,
@@ -139,21 +121,18 @@ class HostCache:
             raise ConfigError(
                 f"request {request_id!r} is running already; pass an id that is not in use"
             )
-        rows = _Rows(self._row_shape, self._dtype)
-        total = len(prefix) * self._block_size if num_rows is None else num_rows
-        for position, block in enumerate(prefix):
-            start = position * self._block_size
-            count = min(self._block_size, total - start)
-            held = self._held(block)[:count]
+        rows = GrowingRows(self._row_shape, self._dtype)
+        total = len(prefix) * self.block_size if num_rows is None else num_rows
+        if total:
+            block_ids, epochs = _refs(prefix)
+            is_current = (self._block_epoch[block_ids] == epochs)[:, None]
+            held = (self._block_valid[block_ids] & is_current).reshape(-1)[:total]
             if not held.all() and not allow_missing:
-                raise CaptureError(
-                    f"request {request_id!r} hit KV block {block.block_id} of epoch {block.epoch}, but the host cache "
-                    f"holds {int(self._block_valid[block.block_id].sum())} of {count} rows of epoch "
-                    f"{int(self._block_epoch[block.block_id])}; reset the prefix cache and send the request again"
-                )
-            where = (block.block_id, slice(count))
-            rows.write(start, self._block_ids[where], held, self._block_version[where])
-        rows.num_prefix = rows.end
+                position = int(held.argmin()) // self.block_size
+                wanted = min(self.block_size, total - position * self.block_size)
+                raise self._refusal(request_id, prefix[position], wanted)
+            ids = self._block_ids[block_ids].reshape(-1, *self._row_shape)
+            rows.start_with(ids[:total], held, self._block_version[block_ids].reshape(-1)[:total])
         self._requests[request_id] = rows
 
     def is_running(self, request_id: str) -> bool:
@@ -162,58 +141,86 @@ class HostCache:
 
     def num_rows(self, request_id: str) -> int:
         """Return one past the last row of a request, 0 for one that does not run."""
-        return self._requests[request_id].end if request_id in self._requests else 0
+        rows = self._requests.get(request_id)
+        return 0 if rows is None else rows.end
 
     def append(
         self, request_id: str, start: int, ids: NDArray[np.integer], *, weights_version: int
     ) -> None:
-        """Add checked rows of a running request; rows that it has already are kept as they are.
+        """Add checked rows of a request; rows that it has already are kept as they are.
 
-        A preempted request computes its tokens again: the rows of the pass that its tokens were sampled from stay.
+        A preempted request computes its tokens again: the rows of the pass that its tokens were sampled from stay. Rows
+        of a request that does not run are dropped: it was freed while they were on their way.
 
         Args:
-            request_id: A running request.
+            request_id: The request.
             start: Token index of the first row; rows before it that never came stay invalid.
             ids: `[n, L, K]` in the staging dtype.
             weights_version: Version of the weights that computed the rows.
         """
-        rows = self._requests[request_id]
+        rows = self._requests.get(request_id)
+        if rows is None:
+            return
         first = max(start, rows.end)
         if first < start + len(ids):
-            rows.write(first, ids[first - start :], True, weights_version)
+            rows.add(first, ids[first - start :], weights_version)
+
+    def append_step(
+        self, pieces: Sequence[RowPiece], ids: NDArray[np.integer], *, weights_version: int
+    ) -> None:
+        """Add the rows of a step to their requests, as `append` does for each.
+
+        Args:
+            pieces: What each request keeps of the step.
+            ids: `[n, L, K]` in the staging dtype, all rows of the step.
+            weights_version: Version of the weights that computed the rows.
+        """
+        requests = self._requests
+        for request_id, start, num_rows, first, _ in pieces:
+            rows = requests.get(request_id)
+            # A request that decodes adds one row at its end; a step has hundreds of them.
+            if num_rows == 1 and rows is not None and rows.takes_next(start, weights_version):
+                rows.ids[start] = ids[first]
+                rows.end = start + 1
+            else:
+                at = ids[first : first + num_rows]
+                self.append(request_id, start, at, weights_version=weights_version)
+
+    def truncate(self, request_id: str, num_rows: int) -> None:
+        """Forget a request's rows of token `num_rows` and later: those of drafts that were not accepted.
+
+        Args:
+            request_id: The request; one that does not run is ignored.
+            num_rows: Rows that stay.
+        """
+        rows = self._requests.get(request_id)
+        if rows is not None:
+            rows.truncate(num_rows)
 
     def write_blocks(
-        self,
-        pieces: Sequence[tuple[Sequence[BlockRef], int, int]],
-        ids: NDArray[np.integer],
-        *,
-        weights_version: int,
+        self, pieces: Sequence[RowPiece], ids: NDArray[np.integer], *, weights_version: int
     ) -> None:
         """Add the rows of a step to the KV blocks that hold their tokens, all of them at once.
 
+        Rows for an earlier life of a block than the one that is here are dropped.
+
         Args:
-            pieces: For each request its blocks, in token order, the token index of its first row, and its rows.
-            ids: `[n, L, K]` in the staging dtype, the pieces' rows one after another.
+            pieces: What each request keeps of the step.
+            ids: `[n, L, K]` in the staging dtype, C-contiguous, all rows of the step.
             weights_version: Version of the weights that computed the rows.
         """
-        size = self._block_size
-        parts: list[tuple[int, int, int, int]] = []  # block, epoch, first row in the block, rows
-        for blocks, start, num_rows in pieces:
-            end = start + num_rows
-            for index in range(start // size, -(-end // size)):
-                low, high = max(index * size, start), min((index + 1) * size, end)
-                block = blocks[index]
-                parts.append((block.block_id, block.epoch, low - index * size, high - low))
-        if not parts:
+        if not pieces:
             return
-        block_ids, epochs, firsts, counts = np.array(parts, np.int64).T
-        self._claim(block_ids, epochs)
-        rows_before = np.cumsum(counts) - counts
-        offsets = np.arange(len(ids)) + np.repeat(firsts - rows_before, counts)
-        where = (np.repeat(block_ids, counts), offsets)
-        self._block_ids[where] = ids
-        self._block_valid[where] = True
-        self._block_version[where] = weights_version
+        where = self._places(pieces)
+        places, rows = where.places, where.rows
+        is_old = self._claim(where.block_ids, where.epochs)
+        if is_old.any():
+            is_late = is_old if where.counts is None else np.repeat(is_old, where.counts)
+            places, rows = places[~is_late], rows[~is_late]
+        packed = ids.reshape(len(ids), -1).view(self._packed.dtype)[:, 0]
+        self._packed[places] = packed if len(rows) == len(ids) else packed[rows]
+        self._block_version.reshape(-1)[places] = weights_version
+        self._block_valid.reshape(-1)[places] = True
 
     def copy_block(self, source: BlockRef, target: BlockRef) -> None:
         """Copy the rows of a block whose keys and values are copied, as a fork does.
@@ -222,12 +229,14 @@ class HostCache:
             source: The block that the keys and values come from.
             target: Its copy.
         """
-        held = self._held(source)
+        held = self.held_rows(source)
         block_id = target.block_id
-        self._claim(np.array([block_id]), np.array([target.epoch]))
+        is_old = self._claim(np.array([block_id]), np.array([target.epoch]))
+        if is_old[0]:
+            return
         self._block_ids[block_id] = self._block_ids[source.block_id]
-        self._block_valid[block_id] = held
         self._block_version[block_id] = self._block_version[source.block_id]
+        self._block_valid[block_id] = held
 
     def take(self, request_id: str, num_rows: int) -> RequestRows:
         """Return a copy of a request's first rows.
@@ -238,14 +247,16 @@ class HostCache:
 
         Returns:
             Rows of tokens `[0, num_rows)`.
+
+        Raises:
+            CaptureError: The request does not run.
         """
-        rows = self._requests[request_id]
-        ids = np.zeros((num_rows, *self._row_shape), self._dtype)
-        valid, versions = np.zeros(num_rows, np.bool_), np.zeros(num_rows, np.int64)
-        count = min(num_rows, rows.end)
-        ids[:count], valid[:count] = rows.ids[:count], rows.valid[:count]
-        versions[:count] = rows.versions[:count]
-        return RequestRows(ids, valid, versions, min(rows.num_prefix, num_rows))
+        rows = self._requests.get(request_id)
+        if rows is None:
+            raise CaptureError(
+                f"request {request_id!r} holds no rows; it was never begun, or it was freed"
+            )
+        return rows.take(num_rows)
 
     def free(self, request_id: str) -> None:
         """Forget a request, finished or aborted; unknown ids are ignored.
@@ -255,15 +266,46 @@ class HostCache:
         """
         self._requests.pop(request_id, None)
 
-    def _held(self, block: BlockRef) -> NDArray[np.bool_]:
-        """Which rows of this life of a block are here; bool `[block_size]`."""
-        is_current = self._block_epoch[block.block_id] == block.epoch
-        return self._block_valid[block.block_id] & is_current
+    def _places(self, pieces: Sequence[RowPiece]) -> _Places:
+        size = self.block_size
+        if all(piece.num_rows == 1 for piece in pieces):
+            starts = np.array([piece.start for piece in pieces], np.int64)
+            block_ids, epochs = _refs([piece.blocks[0] for piece in pieces])
+            rows = np.array([piece.first for piece in pieces], np.int64)
+            return _Places(block_ids, epochs, block_ids * size + starts % size, rows, None)
+        parts: list[tuple[int, int, int, int, int]] = []
+        for _, start, num_rows, first_row, blocks in pieces:
+            low, end = start, start + num_rows
+            for block in blocks:
+                high = min((low // size + 1) * size, end)
+                place = block.block_id * size + low % size
+                parts.append((block.block_id, block.epoch, place, first_row + low - start, high - low))  # fmt: skip
+                low = high
+        block_ids, epochs, places, rows, counts = np.array(parts, np.int64).T
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        places, rows = np.repeat(places, counts) + within, np.repeat(rows, counts) + within
+        return _Places(block_ids, epochs, places, rows, counts)
 
-    def _claim(self, block_ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> None:
-        """Forget the rows of earlier lives of blocks."""
-        is_stale = self._block_epoch[block_ids] != epochs
-        if is_stale.any():
-            stale = block_ids[is_stale]
-            self._block_epoch[stale] = epochs[is_stale]
-            self._block_valid[stale] = False
+    def _refusal(self, request_id: str, block: BlockRef, num_rows: int) -> CaptureError:
+        return CaptureError(
+            f"request {request_id!r} hit KV block {block.block_id} of epoch {block.epoch}, but the host cache "
+            f"holds {int(self._block_valid[block.block_id].sum())} of {num_rows} rows of epoch "
+            f"{int(self._block_epoch[block.block_id])}; reset the prefix cache and send the request again"
+        )
+
+    def _claim(self, block_ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Forget the rows of earlier lives of blocks; return which blocks have begun a later life already."""
+        current = self._block_epoch[block_ids]
+        is_new = current < epochs
+        if is_new.any():
+            renewed = block_ids[is_new]
+            # In this order: who asks meanwhile must not take rows of the old life for those of the new one.
+            self._block_valid[renewed] = False
+            self._block_epoch[renewed] = epochs[is_new]
+        return current > epochs
+
+
+def _refs(blocks: Sequence[BlockRef]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Block ids and epochs."""
+    block_ids = np.array([block.block_id for block in blocks], np.int64)
+    return block_ids, np.array([block.epoch for block in blocks], np.int64)

@@ -1,20 +1,26 @@
 """From the device cache to the host cache: gather a step's rows, check them, hand them to their requests."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from routing_replay.capture.device_cache import DeviceCache, RoutingSpec
-from routing_replay.capture.host_cache import BlockRef, HostCache
-from routing_replay.errors import CaptureError
-from routing_replay.kernels import MISSING_ID, RowFault
+from routing_replay.capture.device_cache import DeviceCache
+from routing_replay.capture.executor import Executor, InlineExecutor, ThreadExecutor
+from routing_replay.capture.host_cache import HostCache
+from routing_replay.capture.host_side import HostSide
+from routing_replay.capture.pending import PendingWork, StepTicket
+from routing_replay.capture.row_span import BlockRef, RowSpan, pieces_of
+from routing_replay.capture.staging import Staging, make_staging
+from routing_replay.errors import CaptureError, ConfigError
 from routing_replay.trace import RoutingTrace
 
-__all__ = ["CapturePipeline", "RowSpan", "UncachedPrefix", "describe_bad_row"]
+__all__ = ["CapturePipeline", "CaptureStats", "UncachedPrefix"]
+
+_NO_STOPS: Mapping[str, int] = {}
 
 
 class UncachedPrefix(StrEnum):
@@ -28,51 +34,42 @@ class UncachedPrefix(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RowSpan:
-    """Consecutive rows of a step that belong to one request.
+class CaptureStats:
+    """What capture has done so far.
 
     Attributes:
-        request_id: The request.
-        start: Token index of the first row.
-        num_rows: How many tokens the request has in the step.
-        blocks: All KV blocks of the request, in token order.
+        steps: Steps submitted.
+        rows: Their live rows.
+        bytes_copied: Bytes of rows and flags brought to the host.
+        full_ring_waits: How often a step had to wait for a slot.
+        full_ring_seconds: How long, in all.
+        host_seconds: CPU time of the host's work on steps, waiting not counted.
     """
 
-    request_id: str
-    start: int
-    num_rows: int
-    blocks: Sequence[BlockRef]
-
-
-def describe_bad_row(spec: RoutingSpec, ids: NDArray[np.integer], fault: RowFault) -> str:
-    """Say which layer of a bad row is wrong, and how.
-
-    Args:
-        spec: Layers, experts and K of the model.
-        ids: `[L, K]` in the staging dtype.
-        fault: The row's flag.
-
-    Returns:
-        A clause such as `decoder layer 3 wrote ids [7, 7], which repeat`.
-    """
-    for layer_idx, layer_ids in zip(spec.layer_ids, ids.astype(np.int64), strict=True):
-        shown = layer_ids.tolist()
-        if ((layer_ids < 0) | (layer_ids >= spec.num_experts)).any():
-            if RowFault.OUT_OF_RANGE in fault and (layer_ids != MISSING_ID).any():
-                return f"decoder layer {layer_idx} wrote an id outside [0, {spec.num_experts}): {shown}"
-            return f"decoder layer {layer_idx} wrote no ids: {shown}"
-        if len(set(shown)) < len(shown):
-            return f"decoder layer {layer_idx} wrote ids {shown}, which repeat"
-    return f"ids {ids.tolist()} carry fault {fault!r}"
+    steps: int = 0
+    rows: int = 0
+    bytes_copied: int = 0
+    full_ring_waits: int = 0
+    full_ring_seconds: float = 0.0
+    host_seconds: float = 0.0
 
 
 class CapturePipeline:
     """Carries the rows of every step to the requests that they belong to.
 
+    On a GPU the rows of a step leave by a stream of their own into a ring of pinned slots, and a thread takes them from
+    there; on a CPU all is done before a call returns. Either way the calls take effect in their order, and one thread
+    makes them. If the thread that collects ends, every later call but `close` and `stats` raises `CaptureError`.
+
     Args:
         device_cache: Where the layers write.
         host_cache: Where rows of requests and blocks are kept.
         uncached_prefix: What happens when a prompt hits KV blocks whose rows are not here.
+        num_slots: Steps that may be on their way at once on a GPU; 2 suffice for an engine that is one step ahead.
+        staging: How rows come to the host; None for the ring or, on a CPU, the slot of `device_cache`.
+
+    Raises:
+        ConfigError: `num_slots` is not positive.
     """
 
     def __init__(
@@ -81,10 +78,107 @@ class CapturePipeline:
         host_cache: HostCache,
         *,
         uncached_prefix: UncachedPrefix = UncachedPrefix.RECOMPUTE,
+        num_slots: int = 4,
+        staging: Staging | None = None,
     ) -> None:
+        if num_slots < 1:
+            raise ConfigError(f"num_slots={num_slots}; accepted is 1 or more")
         self.device_cache = device_cache
         self.host_cache = host_cache
-        self._uncached_prefix = uncached_prefix
+        self._allow_missing = uncached_prefix is UncachedPrefix.MISSING
+        self._staging = make_staging(device_cache, num_slots) if staging is None else staging
+        self._executor: Executor = (
+            ThreadExecutor() if self._staging.is_asynchronous else InlineExecutor()
+        )
+        self._host_side = HostSide(
+            device_cache.spec, host_cache, self._staging, allow_missing=self._allow_missing
+        )
+        self._pending = PendingWork()
+        self._last_of_slot = [0] * self._staging.num_slots
+        self._next_slot = 0
+        self._stats = CaptureStats()
+
+    @property
+    def stats(self) -> CaptureStats:
+        """What capture has done so far."""
+        return replace(self._stats, host_seconds=self._host_side.seconds)
+
+    def submit(
+        self,
+        spans: Sequence[RowSpan],
+        *,
+        num_reset: int,
+        weights_version: int,
+        stop_at: Mapping[str, int] = _NO_STOPS,
+    ) -> StepTicket:
+        """Take the rows of a step whose launch has just been made, on the stream of its launch.
+
+        A request with a bad row gets none of its rows of the step, nor of later ones: it has failed. Rows of a request
+        that was freed meanwhile are dropped.
+
+        Args:
+            spans: The requests of the step; their rows lie one after another from cache row 0 on. What they hold may
+                change as soon as this returns.
+            num_reset: Rows of the step's bucket, padding rows included.
+            weights_version: Version of the weights that ran the step.
+            stop_at: By request, the token index from which on its rows are not kept, where the step computes past
+                the request's end.
+
+        Returns:
+            The step, for `errors`.
+
+        Raises:
+            CaptureOverflowError: The bucket is larger than the device cache.
+            ConfigError: More live rows than the bucket has, or blocks that do not hold a span's tokens.
+            CaptureError: The thread that collects has ended.
+
+        Runtime: the forward stream gets one kernel and one event and never waits; no allocation on the GPU. Waits on
+            the host, and counts it, only while every slot is on its way.
+        """
+        pieces, num_rows = pieces_of(spans, self.host_cache.block_size, stop_at)
+        slot = self._next_slot
+        waited = self._wait_for(slot)
+        self._staging.launch(slot, num_rows, num_reset)
+        ticket = StepTicket(num_rows, pieces, weights_version)
+        ticket.number = self._executor.run(partial(self._host_side.collect, ticket, slot))
+        self._last_of_slot[slot] = ticket.number
+        self._next_slot = (slot + 1) % len(self._last_of_slot)
+        if not self._executor.is_inline:
+            self._pending.forget(self._executor.num_done)
+            self._pending.add_step(ticket)
+        self._count(num_rows, waited)
+        return ticket
+
+    def errors(self, ticket: StepTicket) -> dict[str, CaptureError]:
+        """Wait for a step's rows, and say which requests have failed.
+
+        Args:
+            ticket: From `submit`.
+
+        Returns:
+            An error for every request of the step that has a bad row, in this step or an earlier one, or that began
+            with rows of its prefix not here.
+
+        Raises:
+            CaptureError: The thread that collects has ended.
+        """
+        self._executor.wait(ticket.number)
+        return ticket.errors
+
+    def collect(
+        self, spans: Sequence[RowSpan], *, num_reset: int, weights_version: int
+    ) -> dict[str, CaptureError]:
+        """Submit a step and wait for it.
+
+        Args:
+            spans: As for `submit`.
+            num_reset: Rows of the step's bucket, padding rows included.
+            weights_version: Version of the weights that ran the step.
+
+        Returns:
+            As `errors` does.
+        """
+        return self.errors(self.submit(spans, num_reset=num_reset, weights_version=weights_version))
 
     def num_usable_blocks(self, prefix: Sequence[BlockRef]) -> int:
         """Return how many leading blocks of a prefix hit may be used.
@@ -93,17 +187,25 @@ class CapturePipeline:
             prefix: Full blocks in token order.
 
         Returns:
-            All of them, or under `UncachedPrefix.RECOMPUTE` those before the first whose rows are not here.
+            All of them, or under `UncachedPrefix.RECOMPUTE` those before the first whose rows are neither here nor on
+            their way.
         """
-        if self._uncached_prefix is UncachedPrefix.MISSING:
+        if self._allow_missing or not prefix:
             return len(prefix)
-        for count, block in enumerate(prefix):
-            if not self.host_cache.holds(block):
-                return count
-        return len(prefix)
+        if self._executor.is_inline:
+            return self.host_cache.count_held(prefix)
+        num_done = self._executor.num_done
+        count = self.host_cache.count_held(prefix)
+        while count < len(prefix) and self._pending.will_hold(
+            prefix[count], self.host_cache, num_done
+        ):
+            count += 1
+        return count
 
     def begin(self, request_id: str, prefix: Sequence[BlockRef], num_rows: int) -> None:
         """Start a request with the rows that it did not compute itself; a preempted one keeps those it has.
+
+        A prefix whose rows are not here fails the request: `errors` of its first step, and `finish`, say so.
 
         Args:
             request_id: The request.
@@ -111,93 +213,75 @@ class CapturePipeline:
             num_rows: Their tokens.
 
         Raises:
-            CaptureError: Rows of the prefix are not here.
+            CaptureError: The thread that collects has ended.
         """
-        if self.host_cache.is_running(request_id):
-            return
-        self.host_cache.begin(
-            request_id,
-            prefix,
-            num_rows=num_rows,
-            allow_missing=self._uncached_prefix is UncachedPrefix.MISSING,
-        )
+        if not self._is_running(request_id):
+            work = partial(self._host_side.begin, request_id, tuple(prefix), num_rows)
+            self._change(request_id, self._executor.run(work), is_running=True)
 
-    def collect(
-        self, spans: Sequence[RowSpan], *, num_reset: int, weights_version: int
-    ) -> dict[str, CaptureError]:
-        """Take the rows of a step that has run, in the order of its tokens.
-
-        A request with a bad row gets none of its rows of the step: it has failed.
+    def truncate(self, request_id: str, num_rows: int) -> None:
+        """Forget a request's rows from `num_rows` on: drafts that were not accepted are computed again as other tokens.
 
         Args:
-            spans: The requests of the step; their rows lie one after another from cache row 0 on.
-            num_reset: Rows of the step's bucket, padding rows included.
-            weights_version: Version of the weights that ran the step.
+            request_id: The request.
+            num_rows: Rows that stay.
 
-        Returns:
-            An error for every request with a bad row.
-
-        Runtime: copies the rows and flags to the host and waits for them; allocates the rows.
+        Raises:
+            CaptureError: The thread that collects has ended.
         """
-        num_rows = sum(span.num_rows for span in spans)
-        row_idx = torch.arange(num_rows, device=self.device_cache.layer(0).device)
-        step = self.device_cache.gather(row_idx, num_reset=num_reset)
-        flags = step.flags.cpu().numpy()
-        rows = step.rows.cpu().numpy()
-        errors = self._bad_rows(spans, flags, rows) if flags.any() else {}
-        pieces: list[tuple[Sequence[BlockRef], int, int]] = []
-        is_good = np.ones(num_rows, np.bool_)
-        first = 0
-        for span in spans:
-            end = first + span.num_rows
-            if span.request_id in errors:
-                is_good[first:end] = False
-            else:
-                pieces.append((span.blocks, span.start, span.num_rows))
-                self.host_cache.append(
-                    span.request_id,
-                    span.start,
-                    rows[first:end],
-                    weights_version=weights_version,
-                )
-            first = end
-        good_rows = rows[:num_rows][is_good] if errors else rows[:num_rows]
-        self.host_cache.write_blocks(pieces, good_rows, weights_version=weights_version)
-        return errors
+        work = partial(self._host_side.truncate, request_id, num_rows)
+        self._change(request_id, self._executor.run(work), is_running=self._is_running(request_id))
 
-    def _bad_rows(
-        self, spans: Sequence[RowSpan], flags: NDArray[np.uint8], rows: NDArray[np.integer]
-    ) -> dict[str, CaptureError]:
-        """An error for every request with a flagged row."""
-        errors: dict[str, CaptureError] = {}
-        first = 0
-        for span in spans:
-            end = first + span.num_rows
-            if flags[first:end].any():
-                errors[span.request_id] = self._error(span, flags[first:end], rows[first:end])
-            first = end
-        return errors
+    def copy_block(self, source: BlockRef, target: BlockRef) -> None:
+        """Copy the rows of a block whose keys and values are copied, as a fork does.
+
+        Args:
+            source: The block that the keys and values come from.
+            target: Its copy.
+
+        Raises:
+            CaptureError: The thread that collects has ended.
+        """
+        number = self._executor.run(partial(self._host_side.copy_block, source, target))
+        if not self._executor.is_inline:
+            self._pending.add_copy(number, source, target)
 
     def num_rows(self, request_id: str) -> int:
-        """Return how many rows of a request are here, 0 for one that never began."""
+        """Wait for a request's rows that are on their way, and return how many it has.
+
+        Args:
+            request_id: The request.
+
+        Returns:
+            One past its last row, 0 for one that never began.
+
+        Raises:
+            CaptureError: The thread that collects has ended.
+        """
+        self._executor.wait(self._pending.last_number(request_id))
         return self.host_cache.num_rows(request_id)
 
     def finish(self, request_id: str, token_ids: Sequence[int]) -> RoutingTrace:
-        """Assemble the trace of a request that has ended.
+        """Assemble the trace of a request that has ended; waits for its own rows, not for later steps.
 
         Args:
-            request_id: The request; call `host_cache.free` afterwards.
-            token_ids: All its tokens; the last one was never an input and has no row.
+            request_id: The request; call `free` afterwards.
+            token_ids: All its tokens; the last one was never an input and has no row. Rows past them are not returned.
 
         Returns:
             A trace of `len(token_ids) - 1` rows, each with the version of the weights that computed it. It is complete
             except, under `UncachedPrefix.MISSING`, for rows of a prefix hit that were not here.
 
         Raises:
-            CaptureError: A row never arrived.
+            CaptureError: The request has failed, a row never arrived, or the thread that collects has ended.
         """
         spec = self.device_cache.spec
-        rows = self.host_cache.take(request_id, len(token_ids) - 1)
+        num_rows = len(token_ids) - 1
+        self._executor.wait(self._pending.last_number(request_id, num_rows))
+        failure = self._host_side.failed.get(request_id)
+        if failure is not None:
+            raise failure
+        rows = self.host_cache.take(request_id, num_rows)
         missing = np.flatnonzero(~rows.valid)
         lost = missing[missing >= rows.num_prefix]
         if lost.size:
@@ -219,14 +303,59 @@ class CapturePipeline:
         trace.validate()
         return trace
 
-    def _error(
-        self, span: RowSpan, flags: NDArray[np.uint8], rows: NDArray[np.integer]
-    ) -> CaptureError:
-        first_bad = int(np.flatnonzero(flags)[0])
-        detail = describe_bad_row(
-            self.device_cache.spec, rows[first_bad], RowFault(int(flags[first_bad]))
+    def free(self, request_id: str) -> None:
+        """Forget a request, finished, failed or aborted; rows that are still on their way are dropped.
+
+        Args:
+            request_id: The request; one that does not run is ignored.
+
+        Raises:
+            CaptureError: The thread that collects has ended.
+        """
+        number = self._executor.run(partial(self._host_side.free, request_id))
+        self._change(request_id, number, is_running=False)
+
+    def drain(self) -> None:
+        """Wait until all rows are where they belong.
+
+        Raises:
+            CaptureError: The thread that collects has ended.
+        """
+        self._executor.wait(self._executor.run(_nothing))
+
+    def close(self) -> None:
+        """Do what was asked for, and end the thread."""
+        self._executor.close()
+
+    def _is_running(self, request_id: str) -> bool:
+        will_run = self._pending.is_running(request_id)
+        return self._host_side.is_known(request_id) if will_run is None else will_run
+
+    def _change(self, request_id: str, number: int, *, is_running: bool) -> None:
+        if not self._executor.is_inline:
+            self._pending.forget(self._executor.num_done)
+            self._pending.add_change(number, request_id, is_running=is_running)
+
+    def _wait_for(self, slot: int) -> float | None:
+        """Wait for a slot; return for how many seconds, None if it was free."""
+        number = self._last_of_slot[slot]
+        if self._executor.num_done >= number:
+            return None
+        started = time.perf_counter()
+        self._executor.wait(number)
+        return time.perf_counter() - started
+
+    def _count(self, num_rows: int, waited: float | None) -> None:
+        stats = self._stats
+        self._stats = replace(
+            stats,
+            steps=stats.steps + 1,
+            rows=stats.rows + num_rows,
+            bytes_copied=stats.bytes_copied + num_rows * (self.device_cache.spec.row_bytes + 1),
+            full_ring_waits=stats.full_ring_waits + (waited is not None),
+            full_ring_seconds=stats.full_ring_seconds + (waited or 0.0),
         )
-        return CaptureError(
-            f"request {span.request_id!r}, token index {span.start + first_bad}: {detail}; "
-            "its routing is not returned; a layer's op does not fill routing_replay_out"
-        )
+
+
+def _nothing() -> None:
+    """Take a place in the order."""

@@ -118,4 +118,4 @@ def test_a_step_larger_than_the_device_cache_overflows(folder: Path):
     pipeline = _llm(folder).core.runner.pipeline
     assert pipeline is not None
     with pytest.raises(CaptureOverflowError, match=r"4097 rows.*4096"):
-        pipeline.device_cache.gather(torch.arange(3), num_reset=4097)
+        pipeline.submit([], num_reset=4097, weights_version=0)

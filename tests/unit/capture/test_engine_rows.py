@@ -37,12 +37,11 @@ def test_samples_that_computed_the_same_prefix_keep_their_own_rows(
     assert pipeline is not None
     gather = pipeline.device_cache.gather
 
-    def differ(row_idx: torch.Tensor, *, num_reset: int) -> StepRows:
+    def differ(num_rows: int, *, num_reset: int, out: StepRows) -> None:
         """Give the second sample other experts at its third token, as another kernel might pick."""
-        step = gather(row_idx, num_reset=num_reset)
-        if len(step.rows) == 2 * len(PREFIX) + 2:
-            step.rows[len(PREFIX) + 1 + 2] = (step.rows[len(PREFIX) + 1 + 2] + 1) % 8
-        return step
+        gather(num_rows, num_reset=num_reset, out=out)
+        if num_rows == 2 * len(PREFIX) + 2:
+            out.rows[len(PREFIX) + 1 + 2] = (out.rows[len(PREFIX) + 1 + 2] + 1) % 8
 
     monkeypatch.setattr(pipeline.device_cache, "gather", differ)
     first, second = llm.generate([[*PREFIX, 20], [*PREFIX, 21]], [_params(), _params()])

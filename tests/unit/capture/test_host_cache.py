@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from routing_replay.capture import BlockRef, HostCache, RoutingSpec
+from routing_replay.capture import BlockRef, HostCache, RoutingSpec, RowPiece
 from routing_replay.errors import CaptureError, ConfigError
 
 SPEC = RoutingSpec(layer_ids=(1, 2), num_layers=3, num_experts=8, top_k=2)
@@ -23,7 +23,7 @@ def test_requests_keep_their_own_rows_of_a_shared_block():
     for name, value in (("a", 1), ("b", 2)):
         cache.begin(name)
         cache.append(name, 0, _rows(4, value), weights_version=0)
-        cache.write_blocks([([block], 0, 4)], _rows(4, value), weights_version=0)
+        cache.write_blocks([RowPiece("", 0, 4, 0, [block])], _rows(4, value), weights_version=0)
     assert (cache.take("a", 4).ids == 1).all()
     assert (cache.take("b", 4).ids == 2).all()
 
@@ -31,7 +31,9 @@ def test_requests_keep_their_own_rows_of_a_shared_block():
 def test_prefix_hit_takes_the_rows_of_its_blocks():
     cache = _cache()
     rows = np.arange(32, dtype=np.uint8).reshape(8, 2, 2)
-    cache.write_blocks([([BlockRef(2, 1), BlockRef(0, 1)], 0, 8)], rows, weights_version=0)
+    cache.write_blocks(
+        [RowPiece("", 0, 8, 0, [BlockRef(2, 1), BlockRef(0, 1)])], rows, weights_version=0
+    )
     cache.begin("hit", [BlockRef(2, 1), BlockRef(0, 1)])
     taken = cache.take("hit", 8)
     assert taken.valid.all()
@@ -42,8 +44,10 @@ def test_rows_of_a_step_go_to_the_blocks_of_their_requests():
     cache = _cache()
     rows = np.arange(32, dtype=np.uint8).reshape(8, 2, 2)
     first, second = [BlockRef(3, 1), BlockRef(1, 1)], [BlockRef(0, 1), BlockRef(2, 1)]
-    cache.write_blocks([(first, 0, 3), (second, 0, 4)], rows[:7], weights_version=0)
-    cache.write_blocks([(second, 4, 1), (first, 3, 4)], rows[[7, 0, 1, 2, 3]], weights_version=1)
+    pieces = [RowPiece("a", 0, 3, 0, first[:1]), RowPiece("b", 0, 4, 3, second[:1])]
+    cache.write_blocks(pieces, rows[:7], weights_version=0)
+    pieces = [RowPiece("b", 4, 1, 0, second[1:]), RowPiece("a", 3, 4, 1, first)]
+    cache.write_blocks(pieces, rows[[7, 0, 1, 2, 3]], weights_version=1)
     cache.begin("first", first, num_rows=7)
     cache.begin("second", second, num_rows=5)
     assert np.array_equal(cache.take("first", 7).ids, rows[[0, 1, 2, 0, 1, 2, 3]])
@@ -55,7 +59,9 @@ def test_rows_of_a_step_go_to_the_blocks_of_their_requests():
 @pytest.mark.parametrize(("epoch", "count"), [(2, 4), (1, 3)])
 def test_prefix_hit_refuses_rows_of_another_life_or_an_unfilled_block(epoch: int, count: int):
     cache = _cache()
-    cache.write_blocks([([BlockRef(2, 1)], 0, count)], _rows(count, 5), weights_version=0)
+    cache.write_blocks(
+        [RowPiece("", 0, count, 0, [BlockRef(2, 1)])], _rows(count, 5), weights_version=0
+    )
     with pytest.raises(
         CaptureError, match=rf"block 2 of epoch {epoch}.*{count} of 4 rows of epoch 1"
     ):
@@ -64,8 +70,8 @@ def test_prefix_hit_refuses_rows_of_another_life_or_an_unfilled_block(epoch: int
 
 def test_new_epoch_forgets_old_rows():
     cache = _cache()
-    cache.write_blocks([([BlockRef(2, 1)], 0, 4)], _rows(4, 5), weights_version=0)
-    cache.write_blocks([([BlockRef(2, 2)], 0, 1)], _rows(1, 6), weights_version=0)
+    cache.write_blocks([RowPiece("", 0, 4, 0, [BlockRef(2, 1)])], _rows(4, 5), weights_version=0)
+    cache.write_blocks([RowPiece("", 0, 1, 0, [BlockRef(2, 2)])], _rows(1, 6), weights_version=0)
     with pytest.raises(CaptureError, match="1 of 4 rows of epoch 2"):
         cache.begin("hit", [BlockRef(2, 2)])
 

@@ -1,6 +1,6 @@
 """The gather of a step's routing rows as one Triton kernel."""
 
-# pyright: basic, reportIndexIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: basic, reportIndexIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # Triton's stubs describe neither launches nor the values inside a kernel.
 
 from collections.abc import Sequence
@@ -10,9 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["compile_cases", "launch_gather_rows"]
+__all__ = ["compile_cases", "launch_gather_rows", "launch_gather_step"]
 
-_BLOCK_ROWS = 32
+_FEW_ROWS = 256
+"""Up to so many rows a program takes one row: the step waits for its latency, not for its traffic."""
+
+_ROWS_OF_MANY = 4
 
 
 @triton.jit
@@ -27,52 +30,58 @@ def _gather_rows_kernel(
     num_experts,
     NUM_LAYERS: tl.constexpr,
     TOP_K: tl.constexpr,
+    LAYERS_POW2: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
     NARROW: tl.constexpr,
-    PHASE: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    GATHERS: tl.constexpr,
+    RESETS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """PHASE 0 gathers and flags `BLOCK_ROWS` rows of all layers; PHASE 1 resets as many rows of the bucket."""
+    """Gather and flag `BLOCK_ROWS` rows, all layers at once, and reset as many rows of the bucket to -1."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.arange(0, TOP_K_POW2)
-    # A cast, not a method: Triton turns a capacity of 1 into a Python integer.
-    layer_stride = tl.cast(capacity, tl.int64) * TOP_K
-    if PHASE == 1:
-        for _ in range(NUM_LAYERS):
-            reset = row[:, None] * TOP_K + column[None, :]
-            in_bucket = (row[:, None] < num_reset) & (column[None, :] < TOP_K)
-            tl.store(
-                cache_ptr + reset, tl.full((BLOCK_ROWS, TOP_K_POW2), -1, tl.int16), mask=in_bucket
-            )
-            cache_ptr += layer_stride
-    else:
+    layer = tl.arange(0, LAYERS_POW2)
+    column = tl.arange(0, TOP_K_POW2)[None, None, :]
+    # Casts, not methods: Triton turns a capacity of 1 into a Python integer.
+    layer_base = layer.to(tl.int64) * tl.cast(capacity, tl.int64) * TOP_K
+    is_slot = (layer < NUM_LAYERS)[None, :, None] & (column < TOP_K)
+    if GATHERS:
         is_row = row < num_rows
-        is_id = is_row[:, None] & (column[None, :] < TOP_K)
-        source = tl.load(row_idx_ptr + row, mask=is_row, other=0)
-        flags = tl.zeros((BLOCK_ROWS,), tl.int32)
-        for layer in range(NUM_LAYERS):
-            base = source * TOP_K
-            ids = tl.load(cache_ptr + base[:, None] + column[None, :], mask=is_id, other=0).to(
-                tl.int32
-            )
-            is_missing = is_id & (ids == -1)
-            is_foreign = is_id & (ids != -1) & ((ids < 0) | (ids >= num_experts))
-            flags |= tl.max(is_missing.to(tl.int32), axis=1)
-            flags |= tl.max(is_foreign.to(tl.int32), axis=1) * 2
-            for earlier in tl.static_range(TOP_K - 1):
-                other = tl.load(cache_ptr + base + earlier, mask=is_row, other=0).to(tl.int32)
-                is_same = (
-                    is_id & (column[None, :] > earlier) & (ids == other[:, None]) & (ids != -1)
-                )
-                flags |= tl.max(is_same.to(tl.int32), axis=1) * 4
-            target = (row.to(tl.int64)[:, None] * NUM_LAYERS + layer) * TOP_K + column[None, :]
-            if NARROW:
-                narrow = tl.where(is_missing | is_foreign, 255, ids).to(tl.uint8)
-                tl.store(rows_ptr + target, narrow, mask=is_id)
-            else:
-                tl.store(rows_ptr + target, ids.to(tl.int16), mask=is_id)
-            cache_ptr += layer_stride
+        source = row.to(tl.int64)
+        if HAS_INDEX:
+            source = tl.load(row_idx_ptr + row, mask=is_row, other=0)
+        is_id = is_row[:, None, None] & is_slot
+        base = (layer_base[None, :] + source[:, None] * TOP_K)[:, :, None]
+        ids = tl.load(cache_ptr + base + column, mask=is_id, other=0).to(tl.int32)
+        is_missing = is_id & (ids == -1)
+        is_foreign = is_id & (ids != -1) & ((ids < 0) | (ids >= num_experts))
+        fault = is_missing * 1 + is_foreign * 2
+        for earlier in tl.static_range(TOP_K - 1):
+            other = tl.sum(tl.where(column == earlier, ids, 0), axis=2, keep_dims=True)
+            fault |= (is_id & (column > earlier) & (ids == other) & (ids != -1)) * 4
+        flags = tl.reduce(fault.reshape(BLOCK_ROWS, LAYERS_POW2 * TOP_K_POW2), 1, _either)
+        target = (row.to(tl.int64)[:, None] * NUM_LAYERS + layer[None, :])[:, :, None]
+        target = target * TOP_K + column
+        if NARROW:
+            narrow = tl.where(is_missing | is_foreign, 255, ids).to(tl.uint8)
+            tl.store(rows_ptr + target, narrow, mask=is_id)
+        else:
+            tl.store(rows_ptr + target, ids.to(tl.int16), mask=is_id)
         tl.store(flags_ptr + row, flags.to(tl.uint8), mask=is_row)
+    if GATHERS and RESETS:
+        # A small tile is held twice by a program's threads: none may reset what another has yet to read.
+        tl.debug_barrier()
+    if RESETS:
+        base = (layer_base[None, :] + row.to(tl.int64)[:, None] * TOP_K)[:, :, None]
+        is_reset = (row < num_reset)[:, None, None] & is_slot
+        nothing = tl.full((BLOCK_ROWS, LAYERS_POW2, TOP_K_POW2), -1, tl.int16)
+        tl.store(cache_ptr + base + column, nothing, mask=is_reset)
+
+
+@triton.jit
+def _either(one, other):
+    """The faults of two places together."""
+    return one | other
 
 
 def launch_gather_rows(
@@ -96,44 +105,90 @@ def launch_gather_rows(
     Runtime: two launches on the current stream (rows may be gathered in any order, so that no row is reset before
         it is read); no host sync; no allocation; CUDA-graph safe; bitwise deterministic; no gradients.
     """
-    num_layers, capacity, top_k = cache.shape
     num_rows = row_idx.shape[0]
-    for phase, count in ((0, num_rows), (1, num_reset)):
-        if count == 0:
-            continue
-        _gather_rows_kernel[(triton.cdiv(count, _BLOCK_ROWS),)](
-            cache,
-            row_idx,
-            rows_out,
-            flags_out,
-            num_rows,
-            num_reset,
-            capacity,
-            num_experts,
-            NUM_LAYERS=num_layers,
-            TOP_K=top_k,
-            TOP_K_POW2=triton.next_power_of_2(top_k),
-            NARROW=rows_out.element_size() == 1,
-            PHASE=phase,
-            BLOCK_ROWS=_BLOCK_ROWS,
-        )
+    sizes = (num_rows, num_reset, num_experts)
+    if num_rows:
+        _launch(cache, row_idx, rows_out, flags_out, sizes, (True, True, False))
+    _launch(cache, row_idx, rows_out, flags_out, sizes, (False, False, True))
+
+
+def launch_gather_step(
+    cache: Tensor,
+    num_rows: int,
+    rows_out: Tensor,
+    flags_out: Tensor,
+    num_reset: int,
+    num_experts: int,
+) -> None:
+    """Gather rows `[0, num_rows)` and reset the bucket; arguments are those of `gather_step`.
+
+    Args:
+        cache: int16 `[L, N, K]`.
+        num_rows: n.
+        rows_out: uint8 or int16 `[>= n, L, K]`.
+        flags_out: uint8 `[>= n]`.
+        num_reset: Rows of the bucket, at least n.
+        num_experts: E.
+
+    Runtime: one launch on the current stream (each program resets the rows that it has read); no host sync; no
+        allocation; CUDA-graph safe; bitwise deterministic; no gradients.
+    """
+    sizes = (num_rows, num_reset, num_experts)
+    _launch(cache, cache, rows_out, flags_out, sizes, (False, num_rows > 0, True))
+
+
+def _launch(
+    cache: Tensor,
+    row_idx: Tensor,
+    rows_out: Tensor,
+    flags_out: Tensor,
+    sizes: tuple[int, int, int],
+    phases: tuple[bool, bool, bool],
+) -> None:
+    """Launch the kernel; `sizes` is (n, bucket, E), `phases` (has index, gathers, resets)."""
+    num_layers, capacity, top_k = cache.shape
+    has_index, gathers, resets = phases
+    count = sizes[1] if resets else sizes[0]
+    block_rows = 1 if count <= _FEW_ROWS else _ROWS_OF_MANY
+    _gather_rows_kernel[(triton.cdiv(count, block_rows),)](
+        cache,
+        row_idx,
+        rows_out,
+        flags_out,
+        sizes[0],
+        sizes[1],
+        capacity,
+        sizes[2],
+        NUM_LAYERS=num_layers,
+        TOP_K=top_k,
+        LAYERS_POW2=triton.next_power_of_2(num_layers),
+        TOP_K_POW2=triton.next_power_of_2(top_k),
+        NARROW=rows_out.element_size() == 1,
+        HAS_INDEX=has_index,
+        GATHERS=gathers,
+        RESETS=resets,
+        BLOCK_ROWS=block_rows,
+    )
 
 
 def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     """Examples for the compile tests: (name, kernel, signature, constexprs).
 
     Returns:
-        One case for each phase and output dtype, and one with a cache of a single row.
+        Every combination of phases that is launched, both output dtypes, few and many rows, and a cache of one row.
     """
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
-    for name, phase, rows_type in (
-        ("gather_u8", 0, "*u8"),
-        ("gather_i16", 0, "*i16"),
-        ("reset", 1, "*i16"),
+    for name, phases, rows_type, block_rows in (
+        ("step_u8", (False, True, True), "*u8", 1),
+        ("step_u8_many", (False, True, True), "*u8", _ROWS_OF_MANY),
+        ("step_i16", (False, True, True), "*i16", 1),
+        ("gather_u8", (True, True, False), "*u8", 1),
+        ("gather_i16", (True, True, False), "*i16", _ROWS_OF_MANY),
+        ("reset", (False, False, True), "*i16", 1),
     ):
         signature = {
             "cache_ptr": "*i16",
-            "row_idx_ptr": "*i64",
+            "row_idx_ptr": "*i64" if phases[0] else "*i16",
             "rows_ptr": rows_type,
             "flags_ptr": "*u8",
             "num_rows": "i32",
@@ -144,13 +199,16 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
         constexprs: dict[str, Any] = {
             "NUM_LAYERS": 48,
             "TOP_K": 8,
+            "LAYERS_POW2": 64,
             "TOP_K_POW2": 8,
             "NARROW": rows_type == "*u8",
-            "PHASE": phase,
-            "BLOCK_ROWS": _BLOCK_ROWS,
+            "HAS_INDEX": phases[0],
+            "GATHERS": phases[1],
+            "RESETS": phases[2],
+            "BLOCK_ROWS": block_rows,
         }
         cases.append((name, _gather_rows_kernel, signature, constexprs))
-        if name == "gather_u8":
+        if name == "step_u8":
             # A cache of one row, which Triton specialises.
             one_row = {key: kind for key, kind in signature.items() if key != "capacity"}
             cases.append(

@@ -6,7 +6,7 @@ from torch import Tensor
 from routing_replay.errors import ConfigError
 from routing_replay.kernels.gather.reference import gather_rows_reference
 
-__all__ = ["gather_rows"]
+__all__ = ["gather_rows", "gather_step"]
 
 
 @torch.library.custom_op(
@@ -102,3 +102,38 @@ def gather_rows(
         )
     if num_reset:
         _gather_op(cache, row_idx, rows_out, flags_out, num_reset, num_experts)
+
+
+def gather_step(
+    cache: Tensor,
+    *,
+    num_rows: int,
+    num_reset: int,
+    rows_out: Tensor,
+    flags_out: Tensor,
+    num_experts: int,
+) -> None:
+    """Do what `gather_rows` does for rows `[0, num_rows)`, at the least cost for the host.
+
+    It is called once a step, from code that no compiler traces: it is no registered op, and checks nothing. The caller
+    has checked what `gather_rows` would refuse.
+
+    Args:
+        cache: int16 `[L, N, K]`, contiguous; rows `[0, num_reset)` of every layer are -1 afterwards.
+        num_rows: n.
+        num_reset: Rows of the step's bucket, padding rows included, `n <= num_reset <= N`.
+        rows_out: uint8 (where `num_experts <= 255`) or int16, `[>= n, L, K]`, contiguous; rows from n on stay as they are.
+        flags_out: uint8 `[>= n]`, contiguous; flags from n on stay as they are.
+        num_experts: E.
+
+    Runtime: one launch on the current stream; no host sync; allocates nothing on a GPU (the CPU reference O(n*L*K));
+        CUDA-graph safe; bitwise deterministic; no gradients.
+    """
+    if num_reset == 0:
+        return
+    if cache.device.type == "cuda":
+        from routing_replay.kernels.gather._triton import launch_gather_step
+
+        launch_gather_step(cache, num_rows, rows_out, flags_out, num_reset, num_experts)
+    else:
+        gather_rows_reference(cache, slice(num_rows), rows_out, flags_out, num_reset, num_experts)

@@ -29,7 +29,7 @@ class RowFault(IntFlag):
 
 def gather_rows_reference(
     cache: Tensor,
-    row_idx: Tensor,
+    row_idx: Tensor | slice,
     rows_out: Tensor,
     flags_out: Tensor,
     num_reset: int,
@@ -39,7 +39,7 @@ def gather_rows_reference(
 
     Args:
         cache: int16 `[L, N, K]`; rows `[0, num_reset)` of every layer are -1 afterwards.
-        row_idx: int64 `[n]`, cache rows to take.
+        row_idx: int64 `[n]`, cache rows to take; or `slice(n)`, the first ones.
         rows_out: uint8 or int16 `[>= n, L, K]`; rows `[0, n)` are overwritten. In uint8 a bad id becomes 255.
         flags_out: uint8 `[>= n]`; rows `[0, n)` are overwritten with `RowFault` bits.
         num_reset: Rows of the step's bucket, padding rows included.
@@ -47,8 +47,8 @@ def gather_rows_reference(
 
     Runtime: no host sync; allocates O(n*L*K^2); CUDA-graph safe; bitwise deterministic; no gradients.
     """
-    num_rows = row_idx.shape[0]
     rows = cache[:, row_idx].transpose(0, 1)  # [n, L, K]
+    num_rows = rows.shape[0]
     ascending = rows.sort(dim=-1).values
     if num_rows and cache.device.type == "cpu" and _are_good(ascending, num_experts):
         rows_out[:num_rows] = rows
