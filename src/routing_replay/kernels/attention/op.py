@@ -10,6 +10,7 @@ from routing_replay.kernels.backend import Backend, choose_backend
 __all__ = ["paged_attention"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)
 
 
 @torch.library.custom_op("routing_replay::paged_attention", mutates_args=())
@@ -23,6 +24,21 @@ def _paged_attention_op(
     batch_invariant: bool,
     backend: str,
 ) -> Tensor:
+    if backend == Backend.TRITON:
+        from routing_replay.kernels.attention._triton import launch_paged_attention
+
+        out = torch.empty_like(query)
+        launch_paged_attention(
+            query,
+            kv_cache,
+            block_tables,
+            query_starts,
+            context_lens,
+            out,
+            max_query_len=max_query_len,
+            batch_invariant=batch_invariant,
+        )
+        return out
     return paged_attention_reference(
         query,
         kv_cache,
@@ -138,7 +154,11 @@ def paged_attention(
             )
     if max_query_len < 1:
         raise ConfigError(f"max_query_len={max_query_len}; accepted are numbers from 1 on")
-    chosen = choose_backend(backend, query.device, available=(Backend.REFERENCE,))
+    chosen = choose_backend(backend, query.device, available=(Backend.REFERENCE, Backend.TRITON))
+    if chosen is Backend.TRITON and query.shape[2] not in _TRITON_HEAD_DIMS:
+        raise ConfigError(
+            f"query has head_dim {query.shape[2]}; backend 'triton' accepts {_TRITON_HEAD_DIMS}: use backend='reference'"
+        )
     if chosen is Backend.REFERENCE:
         return paged_attention_reference(
             query,
