@@ -1,8 +1,9 @@
-"""Attention of a step's query rows over keys and values in a paged cache, in plain torch."""
+"""Attention of a step's query rows over keys and values in a paged cache: the paged op, or plain torch on a CPU."""
 
 import torch
 from torch import Tensor, nn
 
+from routing_replay.kernels import paged_attention
 from routing_replay.models.step import StepInputs
 
 __all__ = ["ATTENTION_ROWS", "ATTENTION_SPAN", "attend", "attend_block"]
@@ -22,15 +23,26 @@ def attend(
     Args:
         query: `[T, heads, head_dim]`.
         kv_cache: `[2, num_blocks, block_size, kv_heads, head_dim]` of one layer, the step's rows written.
-        step: Where the rows live.
+        step: Where the rows live. One that carries `context_lens` goes to `kernels.paged_attention`; another is laid out
+            on the host, by its spans.
         batch_invariant: Make the bits of a row independent of the rows beside it.
 
     Returns:
         `[T, heads, head_dim]`.
 
-    Runtime: no host sync; allocates the gathered keys and values; not CUDA-graph safe; bitwise deterministic for one
-        shape of step, and with `batch_invariant` for one row.
+    Runtime: that of `kernels.paged_attention`; by spans, no host sync, allocates the gathered keys and values, not
+        CUDA-graph safe, bitwise deterministic for one shape of step, and with `batch_invariant` for one row.
     """
+    if step.context_lens is not None and step.query_starts is not None:
+        return paged_attention(
+            query,
+            kv_cache,
+            block_tables=step.block_tables,
+            query_starts=step.query_starts,
+            context_lens=step.context_lens,
+            max_query_len=step.max_query_len,
+            batch_invariant=batch_invariant,
+        )
     if batch_invariant:
         return _attend_rows(query, kv_cache, step)
     out = torch.empty_like(query)

@@ -9,13 +9,14 @@ from routing_replay.errors import ConfigError
 from routing_replay.kernels import ROW_BLOCK, linear
 from routing_replay.models.attention import ATTENTION_ROWS, ATTENTION_SPAN, attend_block
 from routing_replay.models.layers import Linear, MoEBlock
+from routing_replay.models.lm_head import project
 from routing_replay.models.qwen3_moe import Qwen3MoEModel
 
 __all__ = ["check_batch_invariance"]
 
 
-def _gemms(model: Qwen3MoEModel) -> Iterator[Tensor]:
-    """One weight of each shape."""
+def _gemms(model: Qwen3MoEModel) -> Iterator[tuple[Tensor, Callable[..., Tensor]]]:
+    """One weight of each shape, and what multiplies rows by it."""
     seen: set[tuple[int, ...]] = set()
     for module in model.modules():
         weights: tuple[Tensor, ...] = ()
@@ -26,7 +27,8 @@ def _gemms(model: Qwen3MoEModel) -> Iterator[Tensor]:
         for weight in weights:
             if tuple(weight.shape) not in seen:
                 seen.add(tuple(weight.shape))
-                yield weight
+                yield weight, linear
+    yield model.lm_head.weight, project
 
 
 def _first_difference(rows: int, compute: Callable[[int], Tensor]) -> int | None:
@@ -64,19 +66,26 @@ def check_batch_invariance(model: Qwen3MoEModel) -> None:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    for weight in _gemms(model):
+    for weight, multiply in _gemms(model):
         row = random(weight.shape[1]).to(model.dtype)
 
-        def multiply(position: int, weight: Tensor = weight, row: Tensor = row) -> Tensor:
+        def at(
+            position: int,
+            weight: Tensor = weight,
+            row: Tensor = row,
+            multiply: Callable[..., Tensor] = multiply,
+        ) -> Tensor:
             rows = random(ROW_BLOCK, weight.shape[1]).to(model.dtype)
             rows[position] = row
-            return linear(rows, weight, batch_invariant=True)[position]
+            return multiply(rows, weight, batch_invariant=True)[position]
 
-        position = _first_difference(ROW_BLOCK, multiply)
+        position = _first_difference(ROW_BLOCK, at)
         if position is not None:
             raise _refuse(
                 f"a GEMM of [{ROW_BLOCK}, {weight.shape[1]}] x {list(weight.shape)}^T", position
             )
+    if device.type == "cuda":
+        return  # paged_attention is batch-invariant by its construction, and needs no attempt
     config = model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     query = random(heads, config.head_dim).to(model.dtype)

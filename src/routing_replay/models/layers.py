@@ -3,12 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from routing_replay.kernels import RoutingMethodType, bf16_moe, linear
+from routing_replay.kernels import (
+    RoutingMethodType,
+    add_rms_norm,
+    bf16_moe,
+    linear,
+    norm_rotate_store,
+)
 from routing_replay.models.attention import attend
 from routing_replay.models.config import MoEModelConfig
 from routing_replay.models.step import StepInputs
 
-__all__ = ["DenseMlp", "Linear", "MoEBlock", "PagedAttention", "RMSNorm", "RotaryEmbedding"]
+__all__ = ["DenseMlp", "Linear", "MoEBlock", "PagedAttention", "RMSNorm", "rotary_tables"]
 
 
 class Linear(nn.Module):
@@ -45,40 +51,44 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self._eps = eps
+        self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[..., size]`."""
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self._eps)
-        return self.weight * x32.to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add and normalise.
+
+        Args:
+            x: `[T, size]`.
+            residual: `[T, size]` to add first, or None.
+
+        Returns:
+            The normalised sum, and the sum.
+        """
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
-class RotaryEmbedding:
-    """Rotary position embedding, halves rotated against each other; its angles are float32 in every model dtype.
+def rotary_tables(
+    head_dim: int, theta: float, *, num_positions: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Make the tables of rotary position embedding.
 
     Args:
-        head_dim: Size of a head.
+        head_dim: D, size of a head.
         theta: Base of the frequencies.
+        num_positions: P, one more than the last position.
+        dtype: Of the tables; angles are float32 in every one.
+        device: Where they are made.
+
+    Returns:
+        Cosine and sine, `[P, D]` each: halves of a head are rotated against each other.
+
+    Runtime: allocates 2*P*D elements and as many in float32 on the way; no host sync.
     """
-
-    def __init__(self, head_dim: int, theta: float) -> None:
-        self._head_dim = head_dim
-        self._theta = theta
-
-    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine `[T, 1, head_dim]` in `dtype` of int64 positions `[T]`."""
-        exponent = torch.arange(0, self._head_dim, 2, dtype=torch.float32, device=positions.device)
-        inverse_frequency = 1.0 / self._theta ** (exponent / self._head_dim)
-        angles = positions.float().unsqueeze(1) * inverse_frequency
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-    @staticmethod
-    def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotate `[T, heads, head_dim]`."""
-        first, second = x.chunk(2, dim=-1)
-        return x * angles[0] + torch.cat((-second, first), dim=-1) * angles[1]
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    inverse_frequency = 1.0 / theta ** (exponent / head_dim)
+    positions = torch.arange(num_positions, device=device)
+    angles = positions.float().unsqueeze(1) * inverse_frequency
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class PagedAttention(nn.Module):
@@ -92,12 +102,11 @@ class PagedAttention(nn.Module):
     def __init__(self, config: MoEModelConfig, *, batch_invariant: bool) -> None:
         super().__init__()
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._head_dim = config.head_dim
+        self._heads = (heads, kv_heads)
         self._batch_invariant = batch_invariant
         options = {"bias": config.attention_bias, "batch_invariant": batch_invariant}
-        self.q_proj = Linear(config.hidden_size, heads * config.head_dim, **options)
-        self.k_proj = Linear(config.hidden_size, kv_heads * config.head_dim, **options)
-        self.v_proj = Linear(config.hidden_size, kv_heads * config.head_dim, **options)
+        rows = (heads + 2 * kv_heads) * config.head_dim
+        self.qkv_proj = Linear(config.hidden_size, rows, **options)
         self.o_proj = Linear(heads * config.head_dim, config.hidden_size, **options)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -105,7 +114,7 @@ class PagedAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        angles: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor],
         kv_cache: Tensor,
         step: StepInputs,
     ) -> Tensor:
@@ -113,20 +122,26 @@ class PagedAttention(nn.Module):
 
         Args:
             hidden_states: `[T, H]`.
-            angles: Cosine and sine of the rows' positions.
+            rotary: Of `rotary_tables`.
             kv_cache: `[2, num_blocks, block_size, kv_heads, head_dim]` of this layer; the step's slots are written.
             step: Where the rows live.
 
         Returns:
             `[T, H]`.
         """
-        head_shape = (hidden_states.shape[0], -1, self._head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(head_shape))
-        key = self.k_norm(self.k_proj(hidden_states).view(head_shape))
-        value = self.v_proj(hidden_states).view(head_shape)
-        query, key = RotaryEmbedding.rotate(query, angles), RotaryEmbedding.rotate(key, angles)
-        kv_cache[0].flatten(0, 1)[step.slot_mapping] = key
-        kv_cache[1].flatten(0, 1)[step.slot_mapping] = value
+        heads, kv_heads = self._heads
+        query = norm_rotate_store(
+            self.qkv_proj(hidden_states),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.q_norm.eps,
+            *rotary,
+            positions=step.positions,
+            kv_cache=kv_cache,
+            slot_mapping=step.slot_mapping,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+        )
         out = attend(query, kv_cache, step, batch_invariant=self._batch_invariant)
         return self.o_proj(out.flatten(1))
 
@@ -160,11 +175,15 @@ class MoEBlock(nn.Module):
     Args:
         config: Sizes and routing of the model.
         batch_invariant: Make the bits of a row independent of the rows beside it.
+
+    Attributes:
+        workspace: Of `kernels.route_and_plan_workspace`, shared by the layers of a model on a GPU; None elsewhere.
     """
 
     def __init__(self, config: MoEModelConfig, *, batch_invariant: bool) -> None:
         super().__init__()
         num_experts, size = config.num_experts, config.moe_intermediate_size
+        self.workspace: Tensor | None = None
         self._config = config
         self._batch_invariant = batch_invariant
         self._method = (
@@ -207,6 +226,7 @@ class MoEBlock(nn.Module):
             routing_replay_out=replay_out,
             routing_replay_in=replay_in,
             batch_invariant=self._batch_invariant,
+            workspace=self.workspace,
         )
         assert isinstance(out, Tensor)
         return out

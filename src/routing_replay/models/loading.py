@@ -10,6 +10,7 @@ from torch import Tensor
 
 from routing_replay.errors import ConfigError, UnsupportedModelError
 from routing_replay.models.config import load_model_config
+from routing_replay.models.lm_head import lm_head_dtype
 from routing_replay.models.qwen3_moe import Qwen3MoEModel
 
 __all__ = ["copy_weights", "load_model"]
@@ -134,7 +135,13 @@ def load_model(
     config = load_model_config(folder)
     with torch.device("meta"):
         model = Qwen3MoEModel(config, batch_invariant=batch_invariant)
-    model = model.cast(dtype, gemm_dtype=_gemm_dtype(dtype, device)).to_empty(device=device)
+    model = model.cast(
+        dtype,
+        gemm_dtype=_gemm_dtype(dtype, device),
+        head_dtype=lm_head_dtype(dtype, device),
+    ).to_empty(device=device)
+    model.tie()
+    model.prepare(max_position=config.max_position_embeddings)
     with torch.no_grad():
         _fill(model, folder)
     return model.eval().requires_grad_(False)
