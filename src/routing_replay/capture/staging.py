@@ -139,6 +139,15 @@ class CudaStaging:
         self._slots = [
             _CudaSlot(device_cache.spec, device_cache.num_rows, device) for _ in range(num_slots)
         ]
+        self._compile()
+
+    def _compile(self) -> None:
+        """Run the gather for few and for many rows: no step may wait for a compilation."""
+        at, count = self._slots[0], self._device_cache.num_rows
+        out = StepRows(at.device_rows, at.device_bytes[at.middle - count : at.middle])
+        for num_rows in (0, 1, count):
+            self._device_cache.gather(num_rows, num_reset=max(num_rows, 1), out=out)
+        torch.cuda.synchronize(self._device_cache.device)
 
     @property
     def num_slots(self) -> int:

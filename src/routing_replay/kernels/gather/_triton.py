@@ -13,12 +13,16 @@ from torch import Tensor
 __all__ = ["compile_cases", "launch_gather_rows", "launch_gather_step"]
 
 _FEW_ROWS = 256
-"""Up to so many rows a program takes one row: the step waits for its latency, not for its traffic."""
+"""Up to so many rows a program takes one row: the latency counts there, not the traffic."""
 
 _ROWS_OF_MANY = 4
 
 
-@triton.jit
+# The sizes of a step and the place of its flags change all the time: none may ask for a compilation of its own.
+@triton.jit(
+    do_not_specialize=["num_rows", "num_reset"],
+    do_not_specialize_on_alignment=["flags_ptr"],
+)
 def _gather_rows_kernel(
     cache_ptr,
     row_idx_ptr,
