@@ -1,4 +1,4 @@
-"""From logits to tokens and their logprobs."""
+"""From logits to tokens and their logprobs, without a host that waits for the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from routing_replay.engine.config import LogprobsMode
+from routing_replay.engine.draws import Draws
 from routing_replay.engine.outputs import Logprob
+from routing_replay.engine.processing import is_processed, largest, process
 from routing_replay.engine.request import Request
+from routing_replay.engine.transfers import HostCopy, to_device
+from routing_replay.errors import ConfigError
+from routing_replay.kernels.sampling import PlainSamples, choose_tokens, log_softmax
 
-__all__ = ["SampledToken", "sample", "score"]
-
-_TOKENS_PER_BLOCK = 128
+__all__ = ["PendingSamples", "SampledToken", "launch_sample", "sample", "score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,139 +31,252 @@ class SampledToken:
     logprobs: dict[int, Logprob] | None
 
 
-def _column(values: Sequence[float], logits: Tensor) -> Tensor:
-    return torch.tensor(values, device=logits.device)[:, None]
+@dataclass(frozen=True, slots=True)
+class _Alternatives:
+    """The most probable tokens of some rows, as many as the row of them that wants most."""
+
+    rows: Sequence[int]
+    token_ids: Tensor
+    logprobs: Tensor
 
 
-def _penalize(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Ban tokens that may not come yet, and apply penalties, row by row where a request asks for either."""
-    changed: dict[int, Tensor] = {}
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Logprobs and ranks of the tokens of rows, and the alternatives to them."""
+
+    logprobs: Tensor
+    ranks: Tensor
+    alternatives: _Alternatives | None
+
+
+class PendingSamples:
+    """Sampled tokens on their way to the host.
+
+    Args:
+        samples: The tokens; and, if they were sampled as plain ones, their logprobs and ranks.
+        scores: Logprobs and ranks where `samples` has none; and alternatives.
+        mode: Which distribution logprobs belong to.
+        counts: Per row: how many alternatives, None for no logprobs.
+    """
+
+    def __init__(
+        self,
+        samples: PlainSamples | Tensor,
+        scores: _Scores | None,
+        mode: LogprobsMode,
+        counts: Sequence[int | None],
+    ) -> None:
+        self._is_plain = isinstance(samples, PlainSamples)
+        self._mode = mode
+        self._counts = counts
+        self._alternatives = None if scores is None else scores.alternatives
+        if isinstance(samples, PlainSamples):
+            self.token_ids = samples.token_ids
+            """int64 `[S]` on the device: what the next step takes as its input."""
+            tensors = [samples.packed]
+        else:
+            self.token_ids = samples
+            tensors = [samples] if scores is None else [samples, scores.logprobs, scores.ranks]
+        if self._alternatives is not None:
+            tensors += [self._alternatives.token_ids, self._alternatives.logprobs]
+        self._copy = HostCopy(*tensors)
+
+    def wait(self) -> list[SampledToken]:
+        """Return the tokens, once they are on the host."""
+        tensors = self._copy.wait()
+        if self._is_plain:
+            samples = PlainSamples(tensors[0])
+            is_raw = self._mode is LogprobsMode.RAW
+            logprobs = samples.raw_logprobs if is_raw else samples.logprobs
+            ranks = samples.ranks if is_raw else samples.processed_ranks
+            tensors = [samples.token_ids, logprobs, ranks, *tensors[1:]]
+        token_ids: list[int] = tensors[0].tolist()
+        if all(count is None for count in self._counts):
+            return [SampledToken(token_id, None) for token_id in token_ids]
+        values: list[float] = tensors[1].tolist()
+        ranks_of: list[int] = tensors[2].tolist()
+        sampled = [
+            SampledToken(token_id, None if count is None else {token_id: Logprob(value, rank)})
+            for token_id, value, rank, count in zip(
+                token_ids, values, ranks_of, self._counts, strict=True
+            )
+        ]
+        if self._alternatives is not None:
+            rows = self._alternatives.rows
+            self._add(rows, sampled, tensors[-2].tolist(), tensors[-1].tolist())
+        return sampled
+
+    def _add(
+        self,
+        rows: Sequence[int],
+        sampled: Sequence[SampledToken],
+        token_ids: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]],
+    ) -> None:
+        """Put alternatives behind the tokens of their rows."""
+        for row, own_ids, own_logprobs in zip(rows, token_ids, logprobs, strict=True):
+            entry = sampled[row].logprobs
+            assert entry is not None
+            for position, token_id in enumerate(own_ids[: self._counts[row]]):
+                entry.setdefault(token_id, Logprob(own_logprobs[position], position + 1))
+
+
+def launch_sample(
+    logits: Tensor,
+    plain: PlainSamples | None,
+    requests: Sequence[Request],
+    mode: LogprobsMode,
+    *,
+    output_index: Sequence[int],
+    uniform: Tensor | None = None,
+) -> PendingSamples:
+    """Sample the next token of each row, and send it on its way to the host.
+
+    Args:
+        logits: float32 `[S, V]`.
+        plain: What `sample_plain` gave for these rows at their temperatures and draws, if it has run (in a CUDA graph,
+            say); rows that ask for nothing else keep that. It is not written to.
+        requests: The request of each row; under speculation a request has several.
+        mode: Which distribution logprobs belong to.
+        output_index: Which output token of its request each row is. Of a request with penalties the tokens before it
+            must be in their places: sampled ones are put there by this function, drafts by the caller.
+        uniform: float64 `[S]` on the device: the draws that `plain` was made with; None takes them from the requests.
+
+    Returns:
+        The tokens, on the device at once, on the host after `wait()`.
+
+    Raises:
+        ConfigError: The numbers of rows differ.
+
+    Runtime: no host sync on a GPU; one asynchronous copy, two more with alternatives; allocates O(S*V) for rows that
+        `plain` does not cover; not CUDA-graph safe itself; a row's tokens, logprobs and ranks are the same bits
+        whatever stands beside it.
+    """
+    num_rows = len(requests)
+    lengths = (len(logits), len(output_index), num_rows if plain is None else len(plain.packed))
+    if any(length != num_rows for length in lengths):
+        raise ConfigError(
+            f"logits, output_index and plain have {lengths} rows for {num_rows} requests; accepted is one row each"
+        )
+    samples: PlainSamples | Tensor | None = plain
+    scores: _Scores | None = None
+    rows = _rows_of_their_own(requests, output_index, logits.shape[1], plain)
+    if samples is None or rows:
+        own = _Rows(logits, requests, output_index, uniform, rows)
+        samples, scores = own.sample(mode)
+        if plain is not None:
+            samples = _placed(plain, rows, samples, scores, mode)
+    pending = PendingSamples(samples, scores, mode, [r.params.logprobs for r in requests])
     for row, request in enumerate(requests):
         if request.token_counts is not None:
-            changed[row] = request.token_counts.penalize(logits[row], request.params)
-        banned = request.banned_token_ids
-        if banned:
-            changed[row] = changed.get(row, logits[row]).clone()
-            changed[row][list(banned)] = -torch.inf
-    if not changed:
-        return logits
-    logits = logits.clone()
-    for row, values in changed.items():
-        logits[row] = values
-    return logits
+            request.token_counts.place(output_index[row], pending.token_ids[row : row + 1])
+    return pending
 
 
-def _keep_min_p(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    shares = [request.params.min_p for request in requests]
-    if max(shares) == 0.0:
-        return logits
-    # p >= min_p * p_max, on logits; log(0) keeps every token.
-    limit = logits.amax(dim=-1, keepdim=True) + _column(shares, logits).log()
-    return logits.masked_fill(logits < limit, -torch.inf)
+def _rows_of_their_own(
+    requests: Sequence[Request],
+    output_index: Sequence[int],
+    vocab_size: int,
+    plain: PlainSamples | None,
+) -> list[int]:
+    """Rows that a plain sample does not answer."""
+    return [
+        row
+        for row, (request, index) in enumerate(zip(requests, output_index, strict=True))
+        if plain is None
+        or bool(request.params.logprobs)
+        or is_processed(request, index, vocab_size)
+    ]
 
 
-def _keep_top_k(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    limits = [r.params.top_k if r.params.top_k > 0 else logits.shape[1] for r in requests]
-    if min(limits) >= logits.shape[1]:
-        return logits
-    rank = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return logits.masked_fill(rank >= _column(limits, logits), -torch.inf)
+class _Rows:
+    """The rows that torch processes, out of all rows of a step."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        requests: Sequence[Request],
+        output_index: Sequence[int],
+        uniform: Tensor | None,
+        rows: Sequence[int],
+    ) -> None:
+        is_all = len(rows) == len(requests)
+        at = None if is_all else to_device(rows, torch.int64, logits.device)
+        self._rows = rows
+        self._logits = logits if at is None else logits[at]
+        self._requests = [requests[row] for row in rows]
+        self._output_index = [output_index[row] for row in rows]
+        if uniform is not None:
+            self._uniform = uniform if at is None else uniform[at]
+        else:
+            drawn = [_uniform(requests[row], output_index[row]) for row in rows]
+            self._uniform = to_device(drawn, torch.float64, logits.device)
+
+    def sample(self, mode: LogprobsMode) -> tuple[Tensor, _Scores | None]:
+        """Return the tokens, and what is asked for beside them."""
+        processed = process(self._logits, self._requests, self._output_index)
+        is_greedy = [request.params.temperature == 0 for request in self._requests]
+        token_ids = choose_tokens(processed, self._uniform, is_greedy)
+        counts = [request.params.logprobs for request in self._requests]
+        if all(count is None for count in counts):
+            return token_ids, None
+        logprobs = log_softmax(self._logits if mode is LogprobsMode.RAW else processed)
+        return token_ids, _scores(logprobs, token_ids, counts, self._rows)
 
 
-def _keep_top_p(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    limits = [request.params.top_p for request in requests]
-    if min(limits) >= 1.0:
-        return logits
-    order = logits.argsort(dim=-1, descending=True, stable=True)
-    probs = logits.softmax(dim=-1).gather(1, order)
-    # A token stays if the more probable ones do not reach the limit without it; so the first always stays.
-    limit = _column(limits, logits)
-    is_dropped = (probs.cumsum(dim=-1) - probs >= limit) & (limit < 1.0)
-    return logits.masked_fill(
-        torch.zeros_like(is_dropped).scatter(1, order, is_dropped), -torch.inf
+def _uniform(request: Request, output_index: int) -> float:
+    """The request's number for an output token; none is used up where the most probable token is taken."""
+    if request.params.temperature == 0:
+        return 0.0
+    draws: Draws | None = getattr(request, "draws", None)
+    if draws is not None:
+        return draws.at(output_index)
+    generator = request.generator
+    number = torch.empty(1, dtype=torch.float64, device=generator.device)
+    return number.uniform_(generator=generator).item()
+
+
+def _scores(
+    logprobs: Tensor, token_ids: Tensor, counts: Sequence[int | None], rows: Sequence[int]
+) -> _Scores:
+    """Look tokens up in their rows' logprobs, float32 `[R, V]`, and the most probable ones where they are wanted."""
+    values = logprobs.gather(1, token_ids[:, None])
+    ranks = (logprobs > values).sum(dim=-1) + 1
+    wanting = [place for place, count in enumerate(counts) if count]
+    if not wanting:
+        return _Scores(values.squeeze(1), ranks, None)
+    if len(wanting) < len(counts):
+        logprobs = logprobs[to_device(wanting, torch.int64, logprobs.device)]
+    most = max(count for count in counts if count is not None)
+    likely = largest(logprobs, min(most, logprobs.shape[1]))
+    alternatives = _Alternatives(
+        [rows[place] for place in wanting], likely, logprobs.gather(1, likely)
     )
+    return _Scores(values.squeeze(1), ranks, alternatives)
 
 
-def _process(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    logits = _penalize(logits, requests)
-    temperatures = [request.params.temperature or 1.0 for request in requests]
-    if any(temperature != 1.0 for temperature in temperatures):
-        logits = logits / _column(temperatures, logits)
-    logits = _keep_min_p(logits, requests)
-    return _keep_top_p(_keep_top_k(logits, requests), requests)
-
-
-def _choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Draw by the inverse of the cumulative distribution: one number per request, from its own generator.
-
-    So a token depends on its request alone, whatever runs beside it. Temperature 0 takes the first maximum.
-    """
-    draws = [request.params.temperature > 0 for request in requests]
-    if not any(draws):
-        return logits.argmax(dim=-1)
-    probs = logits.softmax(dim=-1)
-    uniform = torch.zeros(len(requests), 1, dtype=torch.float64, device=logits.device)
-    for row, request in enumerate(requests):
-        if draws[row]:
-            uniform[row].uniform_(generator=request.generator)
-    drawn = _inverse_cdf(probs, uniform)
-    if all(draws):
-        return drawn
-    return torch.where(torch.tensor(draws, device=logits.device), drawn, logits.argmax(dim=-1))
-
-
-def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the cumulative distribution of float32 `[S, V]` passes float64 `[S, 1]`, int64 `[S]`.
-
-    Blocks of tokens first, then the tokens of one block: running sums over whole rows would take longer than all else
-    that the sampler does.
-    """
-    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % _TOKENS_PER_BLOCK))
-    blocks = blocks.unflatten(1, (-1, _TOKENS_PER_BLOCK))
-    block_ends = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    total = block_ends[:, -1:].contiguous()
-    block = _first_past(block_ends, uniform * total)
-    before = torch.nn.functional.pad(block_ends, (1, 0)).gather(1, block)
-    inside = blocks.take_along_dim(block[:, :, None], dim=1).squeeze(1).double().cumsum(dim=-1)
-    # Rounding can also bring a target below the start of its block, to a token without any probability.
-    target = (uniform * total - before).clamp_min(0.0)
-    return (block * _TOKENS_PER_BLOCK + _first_past(inside, target)).squeeze(1)
-
-
-def _first_past(cumulative: Tensor, target: Tensor) -> Tensor:
-    """The first entry of `[S, N]` above `[S, 1]`, at most the last one that adds anything."""
-    found = torch.searchsorted(cumulative, target, right=True)
-    # Rounding can bring a target up to the total, past the last entry of any probability.
-    return torch.minimum(found, torch.searchsorted(cumulative, cumulative[:, -1:].contiguous()))
-
-
-def _entries(
-    logprobs: Tensor, chosen: Tensor, counts: Sequence[int | None]
-) -> list[dict[int, Logprob] | None]:
-    """For each row: the chosen token, and the most probable ones that are asked for."""
-    values = logprobs.gather(1, chosen[:, None])
-    ranks: list[int] = ((logprobs > values).sum(dim=-1) + 1).tolist()
-    chosen_values: list[float] = values.squeeze(1).tolist()
-    token_ids: list[int] = chosen.tolist()
-    entries: list[dict[int, Logprob] | None] = []
-    for row, count in enumerate(counts):
-        if count is None:
-            entries.append(None)
-            continue
-        entry = {token_ids[row]: Logprob(chosen_values[row], ranks[row])}
-        if count:
-            order = logprobs[row].argsort(descending=True, stable=True)[:count]
-            top_values: list[float] = logprobs[row][order].tolist()
-            for position, token_id in enumerate(order.tolist()):
-                entry.setdefault(token_id, Logprob(top_values[position], position + 1))
-        entries.append(entry)
-    return entries
+def _placed(
+    plain: PlainSamples,
+    rows: Sequence[int],
+    token_ids: Tensor,
+    scores: _Scores | None,
+    mode: LogprobsMode,
+) -> PlainSamples:
+    """Put rows in their places among the plain ones, in a new buffer."""
+    own = PlainSamples(plain.packed.new_zeros((len(rows), 3)))
+    own.token_ids.copy_(token_ids)
+    if scores is not None:
+        is_raw = mode is LogprobsMode.RAW
+        (own.raw_logprobs if is_raw else own.logprobs).copy_(scores.logprobs)
+        (own.ranks if is_raw else own.processed_ranks).copy_(scores.ranks)
+    at = to_device(rows, torch.int64, own.packed.device)
+    return PlainSamples(plain.packed.index_copy(0, at, own.packed))
 
 
 def sample(
     logits: Tensor, requests: Sequence[Request], mode: LogprobsMode
 ) -> Sequence[SampledToken]:
-    """Sample the next token of each request.
+    """Sample the next token of each request, and wait for it.
 
     Args:
         logits: float32 `[S, vocab_size]`.
@@ -170,21 +286,12 @@ def sample(
     Returns:
         One token per row.
 
-    Runtime: one host sync, more where logprobs are asked for; a token depends on its request's seed and logits alone.
+    Runtime: one host sync; a token depends on its request's seed and logits alone.
     """
     if not requests:
         return []
-    processed = _process(logits, requests)
-    chosen = _choose(processed, requests)
-    counts = [request.params.logprobs for request in requests]
-    if all(count is None for count in counts):
-        return [SampledToken(token_id, None) for token_id in chosen.tolist()]
-    logprobs = (logits if mode is LogprobsMode.RAW else processed).log_softmax(dim=-1)
-    entries = _entries(logprobs, chosen, counts)
-    return [
-        SampledToken(token_id, entry)
-        for token_id, entry in zip(chosen.tolist(), entries, strict=True)
-    ]
+    output_index = [request.num_output_tokens for request in requests]
+    return launch_sample(logits, None, requests, mode, output_index=output_index).wait()
 
 
 def score(
@@ -200,8 +307,11 @@ def score(
     Returns:
         One entry per row.
 
-    Runtime: host syncs; allocates O(S*vocab_size); bitwise deterministic.
+    Runtime: one host sync; allocates O(S*vocab_size); bitwise deterministic for a row by itself.
     """
-    chosen = torch.tensor(token_ids, device=logits.device)
-    entries = _entries(logits.log_softmax(dim=-1), chosen, [num_alternatives] * len(token_ids))
-    return [entry for entry in entries if entry is not None]
+    rows = range(len(token_ids))
+    counts = [num_alternatives] * len(token_ids)
+    chosen = to_device(token_ids, torch.int64, logits.device)
+    scores = _scores(log_softmax(logits), chosen, counts, rows)
+    pending = PendingSamples(chosen, scores, LogprobsMode.RAW, counts)
+    return [token.logprobs for token in pending.wait() if token.logprobs is not None]

@@ -1,13 +1,19 @@
 """`sample_plain` and `log_softmax`: the public ops around the sampling kernels."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from routing_replay.errors import ConfigError
 from routing_replay.kernels.backend import Backend, choose_backend
-from routing_replay.kernels.sampling.reference import PlainSamples, sample_plain_reference
+from routing_replay.kernels.sampling.reference import (
+    PlainSamples,
+    choose_reference,
+    sample_plain_reference,
+)
 
-__all__ = ["log_softmax", "sample_plain"]
+__all__ = ["choose_tokens", "log_softmax", "sample_plain"]
 
 _AVAILABLE = (Backend.REFERENCE, Backend.TRITON)
 _MAX_VOCAB_SIZE = 1 << 21  # what the kernels' integers of 64 bits sum up
@@ -34,18 +40,16 @@ def _(
 
 
 @torch.library.custom_op("routing_replay::log_softmax", mutates_args=())
-def _log_softmax_op(logits: Tensor, backend: str) -> Tensor:
-    if backend == Backend.TRITON:
-        from routing_replay.kernels.sampling._triton import launch_log_softmax
+def _log_softmax_op(logits: Tensor) -> Tensor:
+    from routing_replay.kernels.sampling._triton import launch_log_softmax
 
-        logprobs = logits.new_empty(logits.shape)
-        launch_log_softmax(logits, logprobs)
-        return logprobs
-    return logits.log_softmax(dim=-1)
+    logprobs = logits.new_empty(logits.shape)
+    launch_log_softmax(logits, logprobs)
+    return logprobs
 
 
 @_log_softmax_op.register_fake
-def _(logits: Tensor, backend: str) -> Tensor:
+def _(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -114,6 +118,37 @@ def sample_plain(
     return PlainSamples(_sample_op(logits, temperature, uniform, with_logprobs, str(chosen)))
 
 
+def choose_tokens(
+    logits: Tensor, uniform: Tensor, is_greedy: Sequence[bool], *, backend: str = "auto"
+) -> Tensor:
+    """Draw tokens from logits that hold the temperature already; where the host knows what is greedy, CPUs do less.
+
+    Args:
+        logits: float32 `[B, V]`, 1 between neighbouring tokens.
+        uniform: float64 `[B]`, contiguous, in [0, 1) (not checked here).
+        is_greedy: Per row: whether to take the first maximum.
+        backend: A `Backend` of `"auto"`, `"reference"`, `"triton"`.
+
+    Returns:
+        int64 `[B]`: with Triton those of `sample_plain`, bit for bit.
+
+    Raises:
+        ConfigError: As `sample_plain`.
+
+    Runtime: no host sync; allocates O(B) with Triton, O(B*V) with the reference; not CUDA-graph safe; bitwise
+        deterministic for a row by itself; no gradients.
+    """
+    if choose_backend(backend, logits.device, available=_AVAILABLE) is Backend.REFERENCE:
+        _check_logits(logits)
+        return choose_reference(logits, uniform, is_greedy)
+    temperature = torch.tensor([float(not greedy) for greedy in is_greedy])
+    # From pageable memory the copy would wait for the stream.
+    temperature = temperature.pin_memory().to(logits.device, non_blocking=True)
+    return sample_plain(
+        logits, temperature, uniform, with_logprobs=False, backend=backend
+    ).token_ids
+
+
 def log_softmax(logits: Tensor, *, backend: str = "auto") -> Tensor:
     """Return the logprobs of all tokens, the same bits as `sample_plain` gives for the token that it draws.
 
@@ -132,4 +167,4 @@ def log_softmax(logits: Tensor, *, backend: str = "auto") -> Tensor:
     """
     _check_logits(logits)
     chosen = choose_backend(backend, logits.device, available=_AVAILABLE)
-    return _log_softmax_op(logits, str(chosen))
+    return _log_softmax_op(logits) if chosen is Backend.TRITON else logits.log_softmax(dim=-1)

@@ -1,11 +1,12 @@
 """Sampling in plain torch: the inverse of the cumulative distribution, at one number for each row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["PlainSamples", "inverse_cdf", "sample_plain_reference"]
+__all__ = ["PlainSamples", "choose_reference", "inverse_cdf", "sample_plain_reference"]
 
 _TOKENS_PER_BLOCK = 128
 
@@ -69,7 +70,7 @@ def sample_plain_reference(
     is_scaled = bool((scale != 1).any())
     scaled = logits / scale[:, None] if is_scaled else logits
     samples = PlainSamples(torch.zeros(len(logits), 3, dtype=torch.int64, device=logits.device))
-    samples.token_ids.copy_(_choose(scaled, is_greedy, uniform))
+    samples.token_ids.copy_(choose_reference(scaled, uniform, is_greedy.tolist()))
     if not with_logprobs:
         samples.raw_logprobs.fill_(torch.nan)
         samples.logprobs.fill_(torch.nan)
@@ -87,12 +88,26 @@ def sample_plain_reference(
     return samples
 
 
-def _choose(logits: Tensor, is_greedy: Tensor, uniform: Tensor) -> Tensor:
-    """Draw, or take the first maximum; neither is computed where no row asks for it."""
-    if is_greedy.all():
+def choose_reference(logits: Tensor, uniform: Tensor, is_greedy: Sequence[bool]) -> Tensor:
+    """Draw a token of each row, or take its first maximum; neither is computed where no row asks for it.
+
+    Args:
+        logits: float32 `[B, V]`.
+        uniform: float64 `[B]` in [0, 1).
+        is_greedy: Per row: whether to take the first maximum.
+
+    Returns:
+        int64 `[B]`.
+
+    Runtime: no host sync on a CPU; allocates O(B*V); not CUDA-graph safe; bitwise deterministic, on a CPU also for a
+        row by itself; no gradients.
+    """
+    if all(is_greedy):
         return logits.argmax(dim=-1)
     drawn = inverse_cdf(logits.softmax(dim=-1), uniform[:, None])
-    return torch.where(is_greedy, logits.argmax(dim=-1), drawn) if is_greedy.any() else drawn
+    if not any(is_greedy):
+        return drawn
+    return torch.where(torch.tensor(is_greedy, device=logits.device), logits.argmax(dim=-1), drawn)
 
 
 def inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
