@@ -43,7 +43,11 @@ def _sequence_of(
     return sequence
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_sequences", "table_width"])
+@triton.jit(
+    # One binary for all steps: a row's bits may not depend on what else is in the step.
+    do_not_specialize=["num_rows", "num_sequences", "table_width"],
+    do_not_specialize_on_alignment=["block_tables_ptr", "query_starts_ptr", "context_lens_ptr"],
+)
 def _prefill_kernel(
     query_ptr,
     kv_cache_ptr,

@@ -17,7 +17,11 @@ from routing_replay.kernels.attention.tiles import AttentionTile, choose_decode_
 __all__ = ["compile_cases", "launch_decode"]
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_sequences", "table_width"])
+@triton.jit(
+    # One binary for all steps: a row's bits may not depend on what else is in the step.
+    do_not_specialize=["num_rows", "num_sequences", "table_width"],
+    do_not_specialize_on_alignment=["block_tables_ptr", "query_starts_ptr", "context_lens_ptr"],
+)
 def _decode_kernel(
     query_ptr,
     kv_cache_ptr,
@@ -38,19 +42,20 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One piece of the keys of one sequence, for all heads of one KV head; without splits also the result."""
     split = tl.program_id(0)
+    num_splits = tl.num_programs(0)
     kv_head = tl.program_id(1)
     sequence = tl.program_id(2)
     member = tl.arange(0, BLOCK_M)
     column = tl.arange(0, HEAD_DIM)
     is_head = member < GROUP
     head = kv_head * GROUP + member
-    if SPLITS == 1:
+    if not IS_SPLIT:
         num_live = tl.load(query_starts_ptr + num_sequences)
         if (sequence >= num_live) & (sequence < num_rows):
             unused = (sequence.to(tl.int64) * (KV_HEADS * GROUP) + head)[
@@ -69,13 +74,13 @@ def _decode_kernel(
     row_head = row * (KV_HEADS * GROUP) + head
     at = row_head[:, None] * HEAD_DIM + column[None, :]
     num_blocks = (context + BLOCK_N - 1) // BLOCK_N
-    piece = (num_blocks + SPLITS - 1) // SPLITS * BLOCK_N
+    piece = (num_blocks + num_splits - 1) // num_splits * BLOCK_N
     first_key = split * piece
     last_key = tl.minimum(first_key + piece, context)
-    if SPLITS > 1:  # noqa: SIM102 -- Triton decides the outer one when it compiles
+    if IS_SPLIT:  # noqa: SIM102 -- Triton decides the outer one when it compiles
         if first_key >= last_key:
             nothing = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            tl.store(logsum_ptr + row_head * SPLITS + split, nothing, mask=is_head)
+            tl.store(logsum_ptr + row_head * num_splits + split, nothing, mask=is_head)
             return
     query = tl.load(query_ptr + at, mask=is_head[:, None], other=0)
     position = tl.zeros((BLOCK_M,), tl.int32) + context
@@ -94,24 +99,25 @@ def _decode_kernel(
         blocks = following
     total = tl.where(context == 0, 1.0, total)
     attended = acc / total[:, None]
-    if SPLITS == 1:
-        tl.store(out_ptr + at, attended.to(query.dtype), mask=is_head[:, None])
-    else:
-        target = (row_head * SPLITS + split)[:, None] * HEAD_DIM + column[None, :]
+    if IS_SPLIT:
+        target = (row_head * num_splits + split)[:, None] * HEAD_DIM + column[None, :]
         tl.store(partial_ptr + target, attended, mask=is_head[:, None])
-        tl.store(logsum_ptr + row_head * SPLITS + split, top + tl.math.log2(total), mask=is_head)
+        logsum = top + tl.math.log2(total)
+        tl.store(logsum_ptr + row_head * num_splits + split, logsum, mask=is_head)
+    else:
+        tl.store(out_ptr + at, attended.to(query.dtype), mask=is_head[:, None])
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "num_splits"])
 def _combine_kernel(
     partial_ptr,
     logsum_ptr,
     query_starts_ptr,
     out_ptr,
     num_sequences,
+    num_splits,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_POW2: tl.constexpr,
 ):
     """One head of one row: its pieces, weighted by their sums; zeros where there are none."""
@@ -120,10 +126,10 @@ def _combine_kernel(
     split = tl.arange(0, SPLITS_POW2)
     column = tl.arange(0, HEAD_DIM)
     num_live = tl.load(query_starts_ptr + num_sequences)
-    is_split = (split < SPLITS) & (row < num_live)
-    logsum = tl.load(logsum_ptr + row_head * SPLITS + split, mask=is_split, other=float("-inf"))
+    is_split = (split < num_splits) & (row < num_live)
+    logsum = tl.load(logsum_ptr + row_head * num_splits + split, mask=is_split, other=float("-inf"))
     is_piece = logsum != float("-inf")
-    at = (row_head * SPLITS + split)[:, None] * HEAD_DIM + column[None, :]
+    at = (row_head * num_splits + split)[:, None] * HEAD_DIM + column[None, :]
     pieces = tl.load(partial_ptr + at, mask=is_piece[:, None], other=0)
     top = tl.max(logsum, axis=0)
     top = tl.where(top == float("-inf"), 0.0, top)
@@ -193,7 +199,7 @@ def launch_decode(
         BLOCK_SIZE=kv_cache.shape[2],
         BLOCK_M=tile.rows,
         BLOCK_N=tile.keys,
-        SPLITS=splits,
+        IS_SPLIT=is_split,
         STAGES=tile.stages,
         PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
         num_warps=tile.warps,
@@ -205,20 +211,20 @@ def launch_decode(
             query_starts,
             out,
             num_sequences,
+            splits,
             HEADS=num_heads,
             HEAD_DIM=head_dim,
-            SPLITS=splits,
             SPLITS_POW2=triton.next_power_of_2(splits),
             num_warps=4,
         )
 
 
-def _decode_case(kind: str, index: str, group: int, head_dim: int, splits: int) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
+def _decode_case(kind: str, index: str, group: int, head_dim: int, *, is_split: bool) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
     tile = choose_decode_tile(group, head_dim, 4 if kind == "fp32" else 2)
     signature = {
         **dict.fromkeys(("query_ptr", "kv_cache_ptr", "out_ptr"), f"*{kind}"),
         **dict.fromkeys(("block_tables_ptr", "query_starts_ptr", "context_lens_ptr"), index),
-        **dict.fromkeys(("partial_ptr", "logsum_ptr"), "*fp32" if splits > 1 else f"*{kind}"),
+        **dict.fromkeys(("partial_ptr", "logsum_ptr"), "*fp32" if is_split else f"*{kind}"),
         "scale": "fp32",
         "value_offset": "i64",
         **dict.fromkeys(("num_rows", "num_sequences", "table_width"), "i32"),
@@ -230,7 +236,7 @@ def _decode_case(kind: str, index: str, group: int, head_dim: int, splits: int) 
         "BLOCK_SIZE": 16,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
-        "SPLITS": splits,
+        "IS_SPLIT": is_split,
         "STAGES": tile.stages,
         "PRECISION": "ieee" if kind == "fp32" else "tf32",
     }
@@ -244,20 +250,23 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
         Decoding with and without splits in each dtype, and the sum of pieces.
     """
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
-    for name, kind, index, group, head_dim, splits in (
-        ("split", "bf16", "*i32", 8, 128, 64),
-        ("whole", "bf16", "*i32", 8, 128, 1),
-        ("one_head", "fp16", "*i64", 1, 64, 8),
-        ("f32", "fp32", "*i32", 4, 128, 8),
+    for name, kind, index, group, head_dim, is_split in (
+        ("split", "bf16", "*i32", 8, 128, True),
+        ("whole", "bf16", "*i32", 8, 128, False),
+        ("one_head", "fp16", "*i64", 1, 64, True),
+        ("f32", "fp32", "*i32", 4, 128, True),
     ):
-        cases.append((name, _decode_kernel, *_decode_case(kind, index, group, head_dim, splits)))
-    for name, kind, splits in (("combine", "*bf16", 64), ("combine_odd", "*fp32", 33)):
+        cases.append(
+            (name, _decode_kernel, *_decode_case(kind, index, group, head_dim, is_split=is_split))
+        )
+    for name, kind, splits_pow2 in (("combine", "*bf16", 64), ("combine_f32", "*fp32", 2)):
         signature = {
             **dict.fromkeys(("partial_ptr", "logsum_ptr"), "*fp32"),
             "query_starts_ptr": "*i32",
             "out_ptr": kind,
             "num_sequences": "i32",
+            "num_splits": "i32",
         }
-        constexprs = {"HEADS": 32, "HEAD_DIM": 128, "SPLITS": splits, "SPLITS_POW2": 64}
+        constexprs = {"HEADS": 32, "HEAD_DIM": 128, "SPLITS_POW2": splits_pow2}
         cases.append((name, _combine_kernel, signature, constexprs))
     return cases
