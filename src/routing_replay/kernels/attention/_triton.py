@@ -244,16 +244,14 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
     """Examples for the compile tests: (name, kernel, signature, constexprs).
 
     Returns:
-        The tiles of Qwen3-30B-A3B, with 32-bit and 64-bit tables, batch-invariant ones, one head per KV head, a group that is
-        no power of two, and float32.
+        Prefill and batch invariance in each dtype, with 32-bit and 64-bit tables, and a group that is no power of two. Tiles
+        have at most 64 rows, since the compile tests give every kernel four warps.
     """
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
     for name, kind, index, group, head_dim, block_size, invariant in (
         ("prefill", "bf16", "*i32", 8, 128, 16, False),
-        ("prefill_i64", "bf16", "*i64", 8, 128, 64, False),
-        ("invariant", "bf16", "*i32", 8, 128, 16, True),
-        ("one_head", "fp16", "*i32", 1, 64, 16, False),
-        ("seven_heads", "bf16", "*i32", 7, 128, 32, False),
+        ("invariant", "bf16", "*i64", 8, 128, 64, True),
+        ("seven_heads", "fp16", "*i32", 7, 64, 16, False),
         ("f32", "fp32", "*i32", 4, 128, 16, True),
     ):
         tile = choose_prefill_tile(
@@ -271,7 +269,7 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
             "GROUP": group,
             "HEAD_DIM": head_dim,
             "BLOCK_SIZE": block_size,
-            "BLOCK_M": tile.rows,
+            "BLOCK_M": min(tile.rows, 64),
             "BLOCK_N": tile.keys,
             "AT_ONCE": _SEQUENCES_AT_ONCE,
             "ONE_LOOP": invariant,
