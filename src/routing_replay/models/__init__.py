@@ -3,11 +3,12 @@
 from routing_replay.models.config import MoEModelConfig, load_model_config
 from routing_replay.models.hub import find_model_folder
 from routing_replay.models.invariance import check_batch_invariance
-from routing_replay.models.loading import copy_weights, load_model
+from routing_replay.models.loading import LoadFormat, copy_weights, load_folder_weights, load_model
 from routing_replay.models.qwen3_moe import Qwen3MoEModel
 from routing_replay.models.step import RoutingBuffers, SequenceSpan, StepInputs
 
 __all__ = [
+    "LoadFormat",
     "MoEModelConfig",
     "Qwen3MoEModel",
     "RoutingBuffers",
@@ -16,6 +17,7 @@ __all__ = [
     "check_batch_invariance",
     "copy_weights",
     "find_model_folder",
+    "load_folder_weights",
     "load_model",
     "load_model_config",
 ]

@@ -1,43 +1,32 @@
-"""Loading a Hugging Face folder into a decoder: every tensor exactly once, none missing, none left over."""
+"""Loading weights into a decoder: every tensor of a folder exactly once, some by name, or random ones."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import fields
+from enum import StrEnum
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from routing_replay.errors import ConfigError, UnsupportedModelError
-from routing_replay.models.config import load_model_config
+from routing_replay.models.config import MoEModelConfig, load_model_config
 from routing_replay.models.lm_head import lm_head_dtype
 from routing_replay.models.qwen3_moe import Qwen3MoEModel
+from routing_replay.models.weight_files import list_tensors, read_tensors
 
-__all__ = ["copy_weights", "load_model"]
+__all__ = ["LoadFormat", "check_weight", "copy_weights", "load_folder_weights", "load_model"]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _INDEX).exists():
-        weight_map: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
-        return [folder / name for name in sorted(set(weight_map.values()))]
-    if (folder / _SINGLE).exists():
-        return [folder / _SINGLE]
-    raise ConfigError(
-        f"{folder} holds neither {_SINGLE} nor {_INDEX}; pass a folder written by save_pretrained, with safetensors"
-    )
+_DUMMY_STD = 0.02
 
 
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict: safetensors' own handle
-                    yield name, tensors.get_tensor(name)
-        except (OSError, SafetensorError) as err:
-            raise ConfigError(f"{path} cannot be read ({err}); copy the checkpoint again") from err
+class LoadFormat(StrEnum):
+    """Where a model's weights come from (names as in vLLM)."""
+
+    AUTO = "auto"
+    """The folder's safetensors."""
+
+    DUMMY = "dummy"
+    """Random ones, for measurements at real sizes: the folder needs no weights."""
 
 
 def _some(names: set[str]) -> str:
@@ -45,33 +34,79 @@ def _some(names: set[str]) -> str:
     return f"{shown}, ..." if len(names) > 3 else shown
 
 
-def _copy(name: str, target: Tensor, stored: Tensor, dtype: torch.dtype) -> None:
-    """Round to the model's dtype first: a place in float32 may hold bfloat16 values."""
-    if target.shape != stored.shape:
+def check_weight(name: str, place: Tensor, shape: tuple[int, ...]) -> None:
+    """Check a new weight's shape.
+
+    Args:
+        name: Its name.
+        place: Where it goes.
+        shape: Its shape.
+
+    Raises:
+        UnsupportedModelError: The place has another shape.
+    """
+    if tuple(place.shape) != shape:
         raise UnsupportedModelError(
-            f"{name} has shape {tuple(stored.shape)}, config.json asks for {tuple(target.shape)}; "
+            f"{name} has shape {shape}, config.json asks for {tuple(place.shape)}; "
             "the weights and the config belong to different models"
         )
-    target.copy_(stored.to(dtype))
 
 
 def _fill(model: Qwen3MoEModel, folder: Path) -> None:
-    waiting = model.checkpoint_places()
-    extra: set[str] = set()
-    for name, stored in _stored_tensors(folder):
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        places = waiting.pop(name, None)
-        if places is None:
-            extra.add(name)
-            continue
-        for place in places:
-            _copy(name, place, stored, model.dtype)
-    if waiting or extra:
+    """Check names and shapes of the whole folder, then read it."""
+    places = model.checkpoint_places()
+    stored = list_tensors(folder)
+    if model.config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)
+    missing, extra = places.keys() - stored.keys(), stored.keys() - places.keys()
+    if missing or extra:
         raise UnsupportedModelError(
-            f"{folder} lacks {len(waiting)} tensors ({_some(set(waiting))}) and has {len(extra)} unknown ones "
+            f"{folder} lacks {len(missing)} tensors ({_some(missing)}) and has {len(extra)} unknown ones "
             f"({_some(extra)}); the weights and config.json belong to different models, or the copy is incomplete"
         )
+    for name, found in places.items():
+        for place in found:
+            check_weight(name, place, stored[name].shape)
+    read_tensors(((stored[name], found) for name, found in places.items()), dtype=model.dtype)
+
+
+@torch.no_grad()
+def _fill_randomly(model: Qwen3MoEModel, seed: int) -> None:
+    """Weights of a fresh model, on its device: activations and router scores of a plausible size, norms of 1."""
+    device = model.embed_tokens.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+            continue
+        parameter.normal_(0.0, _DUMMY_STD, generator=generator)
+        if parameter.dtype != model.dtype:
+            parameter.copy_(parameter.to(model.dtype))
+
+
+def load_folder_weights(model: Qwen3MoEModel, folder: Path) -> None:
+    """Replace all weights of a decoder by those of a folder.
+
+    Args:
+        model: The decoder.
+        folder: A checkpoint of the same model, with `config.json`.
+
+    Raises:
+        ConfigError: The folder or its weights cannot be read; some weights may have been replaced.
+        UnsupportedModelError: Its config or its weights are not of this model; nothing has been replaced.
+
+    Runtime: writes in place, so that addresses stay; returns when everything is in place; no gradients.
+    """
+    found = _folder_config(folder)
+    # Which tokens end a sequence is no matter of weights.
+    names = [field.name for field in fields(MoEModelConfig) if field.name != "eos_token_ids"]
+    for name in names:
+        expected, other = getattr(model.config, name), getattr(found, name)
+        if expected != other:
+            raise UnsupportedModelError(
+                f"{folder} has {name}={other}, the model {expected}; pass a checkpoint of the same model"
+            )
+    _fill(model, folder)
 
 
 @torch.no_grad()
@@ -98,7 +133,9 @@ def copy_weights(model: Qwen3MoEModel, tensors: Iterable[tuple[str, Tensor]]) ->
                 f"{next(iter(places))!r}"
             )
         for place in places[name]:
-            _copy(name, place, tensor.detach(), model.dtype)
+            check_weight(name, place, tuple(tensor.shape))
+            # To the model's dtype first: a place in float32 may hold bfloat16 values.
+            place.copy_(tensor.detach().to(model.dtype))
 
 
 def _gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -107,8 +144,23 @@ def _gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if is_slow else dtype
 
 
+def _folder_config(folder: Path) -> MoEModelConfig:
+    if not (folder / "config.json").exists():
+        raise ConfigError(
+            f"{folder} holds no config.json; pass the folder of a Hugging Face Qwen3-MoE model"
+        )
+    return load_model_config(folder)
+
+
 def load_model(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, batch_invariant: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch_invariant: bool = False,
+    load_format: str = LoadFormat.AUTO,
+    seed: int = 0,
+    max_position: int | None = None,
 ) -> Qwen3MoEModel:
     """Build the decoder of a Hugging Face Qwen3-MoE folder and load its weights.
 
@@ -118,21 +170,23 @@ def load_model(
             bfloat16 GEMM, the rounded weights of GEMMs are kept in float32.
         device: Where the model runs.
         batch_invariant: Make the bits of a row independent of the rows beside it.
+        load_format: A `LoadFormat`. Dummy weights are normal with standard deviation 0.02, norms are 1.
+        seed: Of dummy weights; a device gives the same ones for the same seed.
+        max_position: Positions that the model is run on, `[0, max_position)`; None for all that its config allows.
 
     Returns:
         The decoder, in evaluation mode, without gradients.
 
     Raises:
-        ConfigError: The folder or its weights cannot be read.
+        ConfigError: The folder or its weights cannot be read, or `load_format` is unknown.
         UnsupportedModelError: Another family, or weights that do not fit the config.
 
-    Runtime: reads one tensor at a time; synchronous; no gradients.
+    Runtime: weights go straight to the device, see `weight_files.read_tensors`; returns when they are there; no gradients.
     """
-    if not (folder / "config.json").exists():
-        raise ConfigError(
-            f"{folder} holds no config.json; pass the folder of a Hugging Face Qwen3-MoE model"
-        )
-    config = load_model_config(folder)
+    if load_format not in tuple(LoadFormat):
+        accepted = ", ".join(repr(str(name)) for name in LoadFormat)
+        raise ConfigError(f"load_format={load_format!r}; accepted are {accepted}")
+    config = _folder_config(folder)
     with torch.device("meta"):
         model = Qwen3MoEModel(config, batch_invariant=batch_invariant)
     model = model.cast(
@@ -140,8 +194,10 @@ def load_model(
         gemm_dtype=_gemm_dtype(dtype, device),
         head_dtype=lm_head_dtype(dtype, device),
     ).to_empty(device=device)
-    model.tie()
-    model.prepare(max_position=config.max_position_embeddings)
-    with torch.no_grad():
+    model.requires_grad_(False).tie()
+    model.prepare(max_position=max_position or config.max_position_embeddings)
+    if load_format == LoadFormat.DUMMY:
+        _fill_randomly(model, seed)
+    else:
         _fill(model, folder)
-    return model.eval().requires_grad_(False)
+    return model.eval()
