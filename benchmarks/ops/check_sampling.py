@@ -63,6 +63,8 @@ def inputs_of(kind: str, num_rows: int, vocab_size: int) -> Inputs:
         logits = 20 * logits
     elif kind == "equal":
         logits = torch.full_like(logits, -7.0)
+    elif kind == "dense":  # one bit apart: temperatures make ties of them
+        logits = (16 + torch.arange(vocab_size, device="cuda") * 2.0**-19).repeat(num_rows, 1)
     elif kind == "first":
         uniform.zero_()
     elif kind == "last":
@@ -70,7 +72,7 @@ def inputs_of(kind: str, num_rows: int, vocab_size: int) -> Inputs:
     return logits, temperature, uniform
 
 
-KINDS = ("random", "ties", "masked", "one_hot", "peaked", "equal", "first", "last")
+KINDS = ("random", "ties", "masked", "one_hot", "peaked", "equal", "dense", "first", "last")
 
 
 def check_tokens(kind: str, given: Inputs) -> int:

@@ -53,6 +53,18 @@ def check_against_reference() -> None:
         assert (tokens_alone.ranks == 0).all()
 
 
+def check_ranks_among_rounded_logprobs() -> None:
+    """A high temperature makes ties of logits that differ by one bit: the two ranks are those of their own logprobs."""
+    logits = (16 + torch.arange(200) * 2.0**-19).flip(0)[None]
+    temperature = torch.tensor([100.0])
+    found = sampled(logits, temperature, torch.tensor([0.7], dtype=torch.float64))
+    token = int(found.token_ids)
+    assert found.ranks.tolist() == [token + 1]
+    scaled = table(logits / 100)[0]
+    assert found.processed_ranks.tolist() == [int((scaled > scaled[token]).sum()) + 1]
+    assert int(found.processed_ranks) < int(found.ranks)
+
+
 def check_edges() -> None:
     ties = torch.zeros(200)
     peak = torch.full((200,), -INFINITY)
@@ -111,6 +123,7 @@ def check_independence() -> None:
 
 torch.manual_seed(0)
 check_against_reference()
+check_ranks_among_rounded_logprobs()
 check_edges()
 check_rows_without_a_distribution()
 check_independence()

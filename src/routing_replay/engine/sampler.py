@@ -15,7 +15,7 @@ from routing_replay.engine.transfers import HostCopy, to_device
 from routing_replay.errors import ConfigError
 from routing_replay.kernels.sampling import PlainSamples, choose_tokens, log_softmax
 
-__all__ = ["PendingSamples", "SampledToken", "launch_sample", "sample", "score"]
+__all__ = ["PendingSamples", "SampledToken", "launch_sample", "plain_inputs", "sample", "score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,22 @@ class PendingSamples:
             assert entry is not None
             for position, token_id in enumerate(own_ids[: self._counts[row]]):
                 entry.setdefault(token_id, Logprob(own_logprobs[position], position + 1))
+
+
+def plain_inputs(
+    requests: Sequence[Request], output_index: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """Return what `sample_plain` takes beside the logits.
+
+    Args:
+        requests: The request of each row.
+        output_index: Which output token of its request each row is.
+
+    Returns:
+        The rows' temperatures and their draws in [0, 1).
+    """
+    drawn = [_uniform(*row) for row in zip(requests, output_index, strict=True)]
+    return [request.params.temperature for request in requests], drawn
 
 
 def launch_sample(

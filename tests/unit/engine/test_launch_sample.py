@@ -4,14 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
 
 from routing_replay.engine.config import LogprobsMode
 from routing_replay.engine.draws import Draws
 from routing_replay.engine.penalties import TokenCounts, penalize_rows
 from routing_replay.engine.processing import keep_likely, largest, process
 from routing_replay.engine.request import Request
-from routing_replay.engine.sampler import launch_sample, sample
+from routing_replay.engine.sampler import launch_sample, plain_inputs, sample
 from routing_replay.engine.sampling_params import SamplingParams
 from routing_replay.errors import ConfigError
 from routing_replay.kernels.sampling import PlainSamples, sample_plain
@@ -50,15 +49,6 @@ def _requests() -> list[Request]:
     return [_request(seed, settings) for seed, settings in enumerate(SETTINGS)]
 
 
-def _uniform(index: Sequence[int]) -> Tensor:
-    return torch.tensor([Draws(seed).at(n) for seed, n in enumerate(index)], dtype=torch.float64)
-
-
-def _plain(logits: Tensor, requests: Sequence[Request], uniform: Tensor) -> PlainSamples:
-    temperature = torch.tensor([request.params.temperature for request in requests])
-    return sample_plain(logits, temperature, uniform)
-
-
 @pytest.mark.parametrize("mode", list(LogprobsMode))
 def test_rows_beside_plain_ones_are_those_of_each_request_alone(mode: LogprobsMode):
     logits = torch.randn(len(SETTINGS), VOCAB_SIZE) * 2
@@ -67,8 +57,9 @@ def test_rows_beside_plain_ones_are_those_of_each_request_alone(mode: LogprobsMo
         sample(logits[row : row + 1], [request], mode)[0] for row, request in enumerate(alone)
     ]
     index = [0] * len(SETTINGS)
-    uniform = _uniform(index)
-    plain = _plain(logits, alone, uniform)
+    temperature, drawn = plain_inputs(_requests(), index)
+    uniform = torch.tensor(drawn, dtype=torch.float64)
+    plain = sample_plain(logits, torch.tensor(temperature), uniform)
     before = plain.packed.clone()
     given = launch_sample(logits, plain, _requests(), mode, output_index=index, uniform=uniform)
     own = launch_sample(logits, None, _requests(), mode, output_index=index, uniform=uniform)
@@ -77,6 +68,11 @@ def test_rows_beside_plain_ones_are_those_of_each_request_alone(mode: LogprobsMo
     assert torch.equal(plain.packed, before)
     # The settings matter, so that the rows above are not plain ones by accident.
     assert plain.token_ids.tolist() != given.token_ids.tolist()
+
+
+def test_plain_inputs_are_temperatures_and_draws():
+    requests = [_request(3, {"temperature": 0.5}), _request(4, {"temperature": 0.0})]
+    assert plain_inputs(requests, [0, 9]) == ([0.5, 0.0], [Draws(3).at(0), 0.0])
 
 
 def test_plain_samples_are_taken_as_they_are():
