@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
@@ -46,12 +46,12 @@ class CaptureStats:
         host_seconds: CPU time of the host's work on steps, waiting not counted.
     """
 
-    steps: int = 0
-    rows: int = 0
-    bytes_copied: int = 0
-    full_ring_waits: int = 0
-    full_ring_seconds: float = 0.0
-    host_seconds: float = 0.0
+    steps: int
+    rows: int
+    bytes_copied: int
+    full_ring_waits: int
+    full_ring_seconds: float
+    host_seconds: float
 
 
 class CapturePipeline:
@@ -96,12 +96,20 @@ class CapturePipeline:
         self._pending = PendingWork()
         self._last_of_slot = [0] * self._staging.num_slots
         self._next_slot = 0
-        self._stats = CaptureStats()
+        self._num_steps = self._num_rows = self._num_waits = 0
+        self._waited_seconds = 0.0
 
     @property
     def stats(self) -> CaptureStats:
         """What capture has done so far."""
-        return replace(self._stats, host_seconds=self._host_side.seconds)
+        return CaptureStats(
+            steps=self._num_steps,
+            rows=self._num_rows,
+            bytes_copied=self._num_rows * (self.device_cache.spec.row_bytes + 1),
+            full_ring_waits=self._num_waits,
+            full_ring_seconds=self._waited_seconds,
+            host_seconds=self._host_side.seconds,
+        )
 
     def submit(
         self,
@@ -137,7 +145,7 @@ class CapturePipeline:
         """
         pieces, num_rows = pieces_of(spans, self.host_cache.block_size, stop_at)
         slot = self._next_slot
-        waited = self._wait_for(slot)
+        self._wait_for(slot)
         self._staging.launch(slot, num_rows, num_reset)
         ticket = StepTicket(num_rows, pieces, weights_version)
         ticket.number = self._executor.run(partial(self._host_side.collect, ticket, slot))
@@ -146,7 +154,8 @@ class CapturePipeline:
         if not self._executor.is_inline:
             self._pending.forget(self._executor.num_done)
             self._pending.add_step(ticket)
-        self._count(num_rows, waited)
+        self._num_steps += 1
+        self._num_rows += num_rows
         return ticket
 
     def errors(self, ticket: StepTicket) -> dict[str, CaptureError]:
@@ -336,25 +345,15 @@ class CapturePipeline:
             self._pending.forget(self._executor.num_done)
             self._pending.add_change(number, request_id, is_running=is_running)
 
-    def _wait_for(self, slot: int) -> float | None:
-        """Wait for a slot; return for how many seconds, None if it was free."""
+    def _wait_for(self, slot: int) -> None:
+        """Wait until the rows that a slot held last are where they belong."""
         number = self._last_of_slot[slot]
         if self._executor.num_done >= number:
-            return None
+            return
         started = time.perf_counter()
         self._executor.wait(number)
-        return time.perf_counter() - started
-
-    def _count(self, num_rows: int, waited: float | None) -> None:
-        stats = self._stats
-        self._stats = replace(
-            stats,
-            steps=stats.steps + 1,
-            rows=stats.rows + num_rows,
-            bytes_copied=stats.bytes_copied + num_rows * (self.device_cache.spec.row_bytes + 1),
-            full_ring_waits=stats.full_ring_waits + (waited is not None),
-            full_ring_seconds=stats.full_ring_seconds + (waited or 0.0),
-        )
+        self._num_waits += 1
+        self._waited_seconds += time.perf_counter() - started
 
 
 def _nothing() -> None:

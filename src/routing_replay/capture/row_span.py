@@ -83,9 +83,9 @@ def pieces_of(
         if stop_at and span.request_id in stop_at:
             count = max(0, min(count, stop_at[span.request_id] - start))
         if count:
-            low, high = start // block_size, (start + count - 1) // block_size
-            blocks = span.blocks[low : high + 1]
-            if len(blocks) <= high - low:
+            low, stop = start // block_size, (start + count - 1) // block_size + 1
+            blocks = span.blocks[low:stop]
+            if len(blocks) < stop - low:
                 raise ConfigError(
                     f"request {span.request_id!r} computes tokens [{start}, {start + span.num_rows}), but its "
                     f"{len(span.blocks)} KV blocks of {block_size} tokens end before them; pass all its blocks"

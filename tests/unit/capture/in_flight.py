@@ -1,6 +1,8 @@
 """A stand-in for the device side whose copies arrive when a test says so."""
 
 import threading
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ class GatedStaging:
         self.is_open = is_open
         self.gates: list[threading.Event] = []
         self.failure: BaseException | None = None
+        self.delays: Iterator[float] | None = None
         self._device_cache = device_cache
         self._of_slot = [threading.Event()] * num_slots
         shape = (device_cache.num_rows, SPEC.num_moe_layers, SPEC.top_k)
@@ -60,6 +63,8 @@ class GatedStaging:
             raise TimeoutError(f"no test opened the gate of slot {slot}")
         if self.failure is not None:
             raise self.failure
+        if self.delays is not None:
+            time.sleep(next(self.delays))
         at = self._slots[slot]
         return HostRows(at.rows[:num_rows].numpy(), at.flags[:num_rows].numpy())
 
@@ -81,12 +86,16 @@ class Rig:
         num_blocks: int = 16,
         is_open: bool = True,
         policy: UncachedPrefix = UncachedPrefix.RECOMPUTE,
+        is_inline: bool = False,
     ) -> None:
         self.cache = DeviceCache(SPEC, num_rows=num_rows, device=torch.device("cpu"))
         self.host_cache = HostCache(SPEC, num_blocks=num_blocks, block_size=BLOCK)
         self.staging = GatedStaging(self.cache, num_slots, is_open=is_open)
         self.pipeline = CapturePipeline(
-            self.cache, self.host_cache, uncached_prefix=policy, staging=self.staging
+            self.cache,
+            self.host_cache,
+            uncached_prefix=policy,
+            staging=None if is_inline else self.staging,
         )
 
     def step(

@@ -92,3 +92,57 @@ def test_begin_twice_is_refused_and_free_forgets():
     cache.free("a")
     cache.free("a")
     assert cache.num_requests == 0
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_of_an_older_life_never_overwrite_those_of_a_newer_one(count: int):
+    cache = _cache()
+    new, other = BlockRef(2, 5), BlockRef(1, 1)
+    cache.write_blocks([RowPiece("new", 0, 4, 0, [new])], _rows(4, 6), weights_version=2)
+    rows = np.concatenate([_rows(count, 1), _rows(count, 3)])
+    late = RowPiece("late", 0, count, 0, [BlockRef(2, 4)])
+    cache.write_blocks([late, RowPiece("b", 0, count, count, [other])], rows, weights_version=1)
+    cache.copy_block(other, BlockRef(2, 3))
+    cache.begin("hit", [new])
+    taken = cache.take("hit", 4)
+    assert (taken.ids == 6).all()
+    assert taken.weights_version.tolist() == [2] * 4
+    assert cache.held_rows(other).tolist() == [True] * count + [False] * (4 - count)
+    cache.begin("other", [other], num_rows=count)
+    assert (cache.take("other", count).ids == 3).all()
+
+
+def test_rows_of_a_request_that_does_not_run_are_dropped():
+    cache = _cache()
+    cache.append("gone", 0, _rows(2, 1), weights_version=0)
+    cache.append_step([RowPiece("gone", 0, 1, 0, [])], _rows(1, 1), weights_version=0)
+    cache.truncate("gone", 0)
+    assert (cache.num_requests, cache.num_rows("gone")) == (0, 0)
+    with pytest.raises(CaptureError, match="'gone' holds no rows"):
+        cache.take("gone", 1)
+
+
+def test_truncate_forgets_rows_gaps_and_versions_past_it():
+    cache = _cache()
+    cache.begin("a")
+    cache.append("a", 0, _rows(2, 1), weights_version=1)
+    cache.append("a", 4, _rows(2, 2), weights_version=2)
+    cache.truncate("a", 9)
+    assert cache.num_rows("a") == 6
+    cache.truncate("a", 3)
+    cache.append("a", 3, _rows(2, 3), weights_version=2)
+    taken = cache.take("a", 5)
+    assert taken.valid.tolist() == [True, True, False, True, True]
+    assert taken.weights_version.tolist() == [1, 1, 0, 2, 2]
+    assert taken.ids[[0, 3, 4], 0, 0].tolist() == [1, 3, 3]
+
+
+def test_count_held_stops_at_the_first_block_that_is_not_here_in_full():
+    cache = _cache()
+    for block_id, count in ((0, 4), (1, 4), (2, 3), (3, 4)):
+        piece = RowPiece("", 0, count, 0, [BlockRef(block_id, 1)])
+        cache.write_blocks([piece], _rows(count, 1), weights_version=0)
+    assert cache.count_held([BlockRef(i, 1) for i in range(4)]) == 2
+    assert cache.count_held([BlockRef(0, 1), BlockRef(1, 2)]) == 1
+    assert cache.count_held([BlockRef(3, 1), BlockRef(0, 1)]) == 2
+    assert cache.count_held([]) == 0
