@@ -20,6 +20,8 @@ def stream_figures(events: Sequence[Event]) -> dict[str, object]:
     Returns:
         The forward stream (that of most kernels), the streams of copies to the host, and how often each stream waited
         for an event of another. `forward_waits` is what must be 0; `waits_by_stream` shows that waits are seen at all.
+        Some versions of the tracer leave waits out: `wait_calls` then says that the host asked for no more of them than
+        there were copies, each of which needs one.
     """
     copies = Counter(
         event["args"]["stream"]
@@ -32,11 +34,13 @@ def stream_figures(events: Sequence[Event]) -> dict[str, object]:
         if event.get("cat") == "cuda_sync" and "Stream Wait" in event["name"]
     )
     forward = _forward_stream(events)
+    wait_calls = sum("StreamWaitEvent" in event.get("name", "") for event in events)
     return {
         "forward_stream": forward,
         "copies_to_host_by_stream": dict(copies),
         "waits_by_stream": {str(stream): count for stream, count in waits.items()},
         "forward_waits": waits[forward],
+        "wait_calls": wait_calls,
         "copies_to_host_on_forward": copies[forward],
     }
 

@@ -37,9 +37,11 @@ def test_gaps_are_those_between_steps_without_the_gather():
 
 def test_waits_of_the_forward_stream_are_told_from_those_of_the_copies():
     copy = {"cat": "gpu_memcpy", "name": "Memcpy DtoH (Device -> Pinned)", "args": {"stream": 9}}
-    events = [*_steps(1, 1), copy, _wait(9), _wait(9)]
+    call = {"cat": "cuda_runtime", "name": "cudaStreamWaitEvent", "args": {}}
+    events = [*_steps(1, 1), copy, _wait(9), _wait(9), call, call]
     found = stream_figures(events)
     assert found["forward_stream"] == 7
     assert (found["forward_waits"], found["copies_to_host_on_forward"]) == (0, 0)
     assert found["waits_by_stream"] == {"9": 2}
+    assert found["wait_calls"] == 2
     assert stream_figures([*events, _wait(7)])["forward_waits"] == 1
