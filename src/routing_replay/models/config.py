@@ -35,6 +35,7 @@ class MoEModelConfig:
         tie_word_embeddings: Whether the output projection is the embedding.
         attention_bias: Whether attention projections have biases.
         eos_token_ids: Tokens that end a sequence.
+        num_mtp_layers: Layers after the model's own that draft tokens (multi-token prediction).
     """
 
     model_type: str
@@ -56,6 +57,7 @@ class MoEModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     eos_token_ids: tuple[int, ...]
+    num_mtp_layers: int = 0
 
     @property
     def routing_spec(self) -> RoutingSpec:
@@ -159,4 +161,5 @@ def load_model_config(folder: Path) -> MoEModelConfig:
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         attention_bias=bool(raw.get("attention_bias", False)),
         eos_token_ids=_eos_token_ids(folder, raw),
+        num_mtp_layers=int(raw.get("num_nextn_predict_layers") or 0),
     )

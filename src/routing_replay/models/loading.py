@@ -1,20 +1,31 @@
 """Loading weights into a decoder: every tensor of a folder exactly once, some by name, or random ones."""
 
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from routing_replay.errors import ConfigError, UnsupportedModelError
 from routing_replay.models.config import MoEModelConfig, load_model_config
 from routing_replay.models.lm_head import lm_head_dtype
+from routing_replay.models.mtp import shared_names
 from routing_replay.models.qwen3_moe import Qwen3MoEModel
-from routing_replay.models.weight_files import list_tensors, read_tensors
+from routing_replay.models.weight_files import StoredTensor, list_tensors, read_tensors
 
-__all__ = ["LoadFormat", "check_weight", "copy_weights", "load_folder_weights", "load_model"]
+__all__ = [
+    "LoadFormat",
+    "WeightPlaces",
+    "check_weight",
+    "copy_weights",
+    "load_folder_weights",
+    "load_model",
+    "place_weight",
+    "weight_places",
+]
 
 _DUMMY_STD = 0.02
 
@@ -52,12 +63,107 @@ def check_weight(name: str, place: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class WeightPlaces:
+    """Where the weights of a decoder lie.
+
+    Attributes:
+        places: By all names that a trainer may know them by. Copies of shared weights have no place of their own.
+    """
+
+    places: dict[str, list[Tensor]]
+
+    def find(self, name: str) -> Sequence[Tensor]:
+        """Return the places of a weight.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            No place for a copy of a shared weight, else one or more.
+
+        Raises:
+            UnsupportedModelError: The name is unknown.
+        """
+        if name not in self.places:
+            raise UnsupportedModelError(
+                f"weight {name!r} is not one of the model's {len(self.places)}; names are those of a checkpoint, such as "
+                f"{next(iter(self.places))!r}"
+            )
+        return self.places[name]
+
+
+def weight_places(model: Qwen3MoEModel) -> WeightPlaces:
+    """Return where a decoder's weights lie, by the names of checkpoints and of Transformers models.
+
+    Args:
+        model: The decoder.
+
+    Returns:
+        Views of its parameters.
+
+    Raises:
+        ConfigError: Its weights are offloaded.
+    """
+    if model.is_offloaded:
+        raise ConfigError("the model's weights are offloaded; call restore_weights first")
+    places = {**model.checkpoint_places(), **model.fused_places()}
+    copies = list(shared_names(model.config)) if model.mtp_layers else []
+    if model.config.tie_word_embeddings:
+        copies.append("lm_head.weight")
+    return WeightPlaces({**places, **{name: [] for name in copies}})
+
+
+def place_weight(place: Tensor, values: Tensor, dtype: torch.dtype) -> None:
+    """Copy new values into a weight.
+
+    Args:
+        place: Where they go.
+        values: The values, on any device.
+        dtype: The model's, to which they are rounded first: a place in float32 may hold bfloat16 values.
+
+    Runtime: one copy on the device of `place`; no gradients where the caller records none.
+    """
+    place.copy_(values.to(dtype))
+
+
+def _check_copies(
+    model: Qwen3MoEModel, stored: dict[str, StoredTensor], places: dict[str, list[Tensor]]
+) -> None:
+    """Copies of shared weights in a checkpoint must equal them: they are not kept."""
+    for name, original in shared_names(model.config).items():
+        if name not in stored:
+            continue
+        with safe_open(stored[name].path, framework="pt") as tensors:
+            values = tensors.get_tensor(name)
+        place = places[original][-1]
+        if not torch.equal(place, values.to(place.device).to(model.dtype).to(place.dtype)):
+            raise UnsupportedModelError(
+                f"{name} differs from {original}; supported are drafting layers that share the model's embedding and "
+                "output projection"
+            )
+
+
+def _is_draft(name: str, config: MoEModelConfig) -> bool:
+    parts = name.split(".")
+    if parts[:2] != ["model", "layers"] or len(parts) < 3 or not parts[2].isdecimal():
+        return False
+    return config.num_layers <= int(parts[2]) < config.num_layers + config.num_mtp_layers
+
+
 def _fill(model: Qwen3MoEModel, folder: Path) -> None:
     """Check names and shapes of the whole folder, then read it."""
+    if model.is_offloaded:
+        raise ConfigError("the model's weights are offloaded; call restore_weights first")
+    config = model.config
     places = model.checkpoint_places()
     stored = list_tensors(folder)
-    if model.config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)
+    left_out = set(shared_names(config)) | (
+        {"lm_head.weight"} if config.tie_word_embeddings else set[str]()
+    )
+    if not model.mtp_layers:
+        left_out |= {name for name in stored if _is_draft(name, config)}
+    copies = {name: stored.pop(name) for name in left_out if name in stored}
     missing, extra = places.keys() - stored.keys(), stored.keys() - places.keys()
     if missing or extra:
         raise UnsupportedModelError(
@@ -68,6 +174,8 @@ def _fill(model: Qwen3MoEModel, folder: Path) -> None:
         for place in found:
             check_weight(name, place, stored[name].shape)
     read_tensors(((stored[name], found) for name, found in places.items()), dtype=model.dtype)
+    if model.mtp_layers:
+        _check_copies(model, copies, places)
 
 
 @torch.no_grad()
@@ -116,26 +224,20 @@ def copy_weights(model: Qwen3MoEModel, tensors: Iterable[tuple[str, Tensor]]) ->
     Args:
         model: The decoder.
         tensors: Names and new values: those of a checkpoint, or those of a Transformers model's `state_dict`, where
-            the experts of a layer are one tensor.
+            the experts of a layer are one tensor. Copies of shared weights (a tied output projection, the embedding
+            beside layers that draft) are passed over: the weight itself is what counts.
 
     Raises:
+        ConfigError: The weights are offloaded.
         UnsupportedModelError: A name is unknown or a shape differs; tensors before it have been copied.
 
     Runtime: copies in place, so that addresses stay; synchronous on the CPU; no gradients.
     """
-    places = {**model.checkpoint_places(), **model.fused_places()}
+    places = weight_places(model)
     for name, tensor in tensors:
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        if name not in places:
-            raise UnsupportedModelError(
-                f"weight {name!r} is not one of the model's {len(places)}; names are those of a checkpoint, such as "
-                f"{next(iter(places))!r}"
-            )
-        for place in places[name]:
+        for place in places.find(name):
             check_weight(name, place, tuple(tensor.shape))
-            # To the model's dtype first: a place in float32 may hold bfloat16 values.
-            place.copy_(tensor.detach().to(model.dtype))
+            place_weight(place, tensor.detach(), model.dtype)
 
 
 def _gemm_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -161,6 +263,7 @@ def load_model(
     load_format: str = LoadFormat.AUTO,
     seed: int = 0,
     max_position: int | None = None,
+    with_mtp: bool = False,
 ) -> Qwen3MoEModel:
     """Build the decoder of a Hugging Face Qwen3-MoE folder and load its weights.
 
@@ -173,12 +276,14 @@ def load_model(
         load_format: A `LoadFormat`. Dummy weights are normal with standard deviation 0.02, norms are 1.
         seed: Of dummy weights; a device gives the same ones for the same seed.
         max_position: Positions that the model is run on, `[0, max_position)`; None for all that its config allows.
+        with_mtp: Load the layers that draft tokens, too; without it those of the folder are left out.
 
     Returns:
         The decoder, in evaluation mode, without gradients.
 
     Raises:
-        ConfigError: The folder or its weights cannot be read, or `load_format` is unknown.
+        ConfigError: The folder or its weights cannot be read, `load_format` is unknown, or `with_mtp` is asked of a
+            model without such layers.
         UnsupportedModelError: Another family, or weights that do not fit the config.
 
     Runtime: weights go straight to the device, see `weight_files.read_tensors`; returns when they are there; no gradients.
@@ -187,8 +292,12 @@ def load_model(
         accepted = ", ".join(repr(str(name)) for name in LoadFormat)
         raise ConfigError(f"load_format={load_format!r}; accepted are {accepted}")
     config = _folder_config(folder)
+    if with_mtp and not config.num_mtp_layers:
+        raise ConfigError(
+            f"with_mtp=True, but config.json of {folder} has no num_nextn_predict_layers; draft by other means"
+        )
     with torch.device("meta"):
-        model = Qwen3MoEModel(config, batch_invariant=batch_invariant)
+        model = Qwen3MoEModel(config, batch_invariant=batch_invariant, with_mtp=with_mtp)
     model = model.cast(
         dtype,
         gemm_dtype=_gemm_dtype(dtype, device),

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from routing_replay.errors import ConfigError
 from routing_replay.kernels import route_and_plan_workspace
 from routing_replay.models.config import MoEModelConfig
 from routing_replay.models.decoder_layer import DecoderLayer
 from routing_replay.models.layers import Linear, MoEBlock, RMSNorm, rotary_tables
 from routing_replay.models.lm_head import LmHead
+from routing_replay.models.mtp import MtpLayer
 from routing_replay.models.places import checkpoint_places, fused_places
 from routing_replay.models.step import RoutingBuffers, StepInputs
 
@@ -20,15 +22,20 @@ class Qwen3MoEModel(nn.Module):
     Args:
         config: Sizes and routing of the model.
         batch_invariant: Make the bits of a row independent of the rows beside it.
+        with_mtp: Have the layers that draft tokens, too.
 
     Attributes:
+        is_offloaded: Whether the weights are away, see `offload_weights`.
         workspace: What the MoE layers share on a GPU, `kernels.route_and_plan_workspace`; None elsewhere. A step that was
             aborted leaves it dirty: zero it in place before the next.
     """
 
-    def __init__(self, config: MoEModelConfig, *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self, config: MoEModelConfig, *, batch_invariant: bool = False, with_mtp: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
+        self.is_offloaded = False
         self.workspace: Tensor | None = None
         self._rotary: tuple[Tensor, Tensor] | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -44,6 +51,10 @@ class Qwen3MoEModel(nn.Module):
             for layer_idx in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mtp_layers = nn.ModuleList(
+            MtpLayer(config, batch_invariant=batch_invariant)
+            for _ in range(config.num_mtp_layers if with_mtp else 0)
+        )
         self.lm_head = LmHead(
             config.hidden_size, config.vocab_size, batch_invariant=batch_invariant
         )
@@ -59,15 +70,73 @@ class Qwen3MoEModel(nn.Module):
         Returns:
             Hidden states `[T, H]` after the last norm, for `compute_logits`.
 
+        Raises:
+            ConfigError: The weights are offloaded.
+
         Runtime: host syncs and allocations are those of the backends of `bf16_moe` and of attention; CUDA-graph safe
             where they are.
         """
+        self._check_awake()
         hidden_states, residual = self.embed_tokens(step.token_ids), None
         for layer_idx, layer in enumerate(self.layers):
             hidden_states, residual = layer(
                 hidden_states, residual, self.rotary, kv_cache[layer_idx], step, routing
             )
         return self.norm(hidden_states, residual)[0]
+
+    def draft(
+        self, step: StepInputs, hidden_states: Tensor, kv_cache: Tensor, *, depth: int = 0
+    ) -> Tensor:
+        """Run a layer that drafts; its routing is recorded nowhere.
+
+        Args:
+            step: That of the rows, with the token after each row's own as its `token_ids`.
+            hidden_states: `[T, H]` of the rows: what `forward` returned, or the draft one depth before.
+            kv_cache: `[2, num_blocks, block_size, kv_heads, head_dim]` of this layer; the step's slots are written.
+            depth: Which layer.
+
+        Returns:
+            Hidden states `[T, H]`, for `compute_draft_logits` and the next depth.
+
+        Raises:
+            ConfigError: The model has no such layer, or the weights are offloaded.
+
+        Runtime: that of one decoder layer.
+        """
+        self._check_awake()
+        embedded = self.embed_tokens(step.token_ids)
+        return self._mtp_layer(depth)(embedded, hidden_states, self.rotary, kv_cache, step)
+
+    def compute_draft_logits(self, hidden_states: Tensor, *, depth: int = 0) -> Tensor:
+        """Project drafting hidden states onto the vocabulary: row t speaks of token t + 2 at depth 0.
+
+        Args:
+            hidden_states: `[S, H]`, rows of what `draft` returned.
+            depth: Of that call.
+
+        Returns:
+            float32 `[S, vocab_size]`.
+
+        Raises:
+            ConfigError: The model has no such layer.
+
+        Runtime: that of `compute_logits`, and a norm.
+        """
+        return self.lm_head(self._mtp_layer(depth).project_norm(hidden_states))
+
+    def _mtp_layer(self, depth: int) -> MtpLayer:
+        if not 0 <= depth < len(self.mtp_layers):
+            raise ConfigError(
+                f"depth={depth}, but the model was loaded with {len(self.mtp_layers)} layers that draft (config.json "
+                f"has {self.config.num_mtp_layers}); load it with with_mtp=True"
+            )
+        layer = self.mtp_layers[depth]
+        assert isinstance(layer, MtpLayer)
+        return layer
+
+    def _check_awake(self) -> None:
+        if self.is_offloaded:
+            raise ConfigError("the model's weights are offloaded; call restore_weights first")
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Project hidden states onto the vocabulary, in float32.
