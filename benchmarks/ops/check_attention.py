@@ -248,7 +248,8 @@ def check_norm_and_rotary() -> dict[str, float]:
             share = float((own != wanted).float().mean())
             # A rounding of a norm that falls the other way is carried through a rotation with its size, not its share.
             torch.testing.assert_close(own, wanted, rtol=2 * place, atol=8 * place)
-            assert share < limit, (name, dtype, rows, share)
+            # In float32 a sum in another order can move every element of a row by its last bit.
+            assert dtype is torch.float32 or share < limit, (name, dtype, rows, share)
             if dtype is torch.bfloat16:
                 worst[name] = max(worst[name], share)
     return worst

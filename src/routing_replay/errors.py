@@ -9,6 +9,8 @@ Each class is also a standard-library type, so that a caller who knows nothing o
     ├── TraceMismatchError     (ValueError)           a well-formed trace that belongs to other tokens or another model
     ├── CaptureError           (RuntimeError)         routing was not captured as promised
     │   └── CaptureOverflowError                      more rows than the device cache was sized for
+    ├── StepError              (RuntimeError)         a step of an engine failed, and the requests that it computed with it
+    ├── EngineStoppedError     (RuntimeError)         an engine that runs no more steps
     ├── ReplayError            (RuntimeError)         a router did not take the experts that it was given
     ├── UnsupportedModelError  (NotImplementedError)  a model that this library cannot load or attach to
     └── IntegrationError       (RuntimeError)         a host package is missing or of an unsupported version
@@ -22,10 +24,12 @@ __all__ = [
     "CaptureError",
     "CaptureOverflowError",
     "ConfigError",
+    "EngineStoppedError",
     "IntegrationError",
     "ReplayError",
     "RoutingDiagnosisError",
     "RoutingReplayError",
+    "StepError",
     "TraceFormatError",
     "TraceMismatchError",
     "UnsupportedModelError",
@@ -69,6 +73,14 @@ class CaptureError(RoutingReplayError, RuntimeError):
 
 class CaptureOverflowError(CaptureError):
     """A step has more rows than the device cache was sized for."""
+
+
+class StepError(RoutingReplayError, RuntimeError):
+    """A step of an engine failed, or gave a request logits that are not numbers; other requests go on."""
+
+
+class EngineStoppedError(RoutingReplayError, RuntimeError):
+    """An engine has stopped after steps that failed; it runs no request any more."""
 
 
 class ReplayError(RoutingReplayError, RuntimeError):

@@ -100,6 +100,13 @@ class DeviceCache:
         """
         return self._ids[moe_layer_idx]
 
+    def reset(self) -> None:
+        """Return every row to -1, after layers have run outside of a step, or in one that failed.
+
+        Runtime: no sync; no allocation; CUDA-graph safe.
+        """
+        self._ids.fill_(MISSING_ID)
+
     def gather(self, num_rows: int, *, num_reset: int, out: StepRows) -> None:
         """Take a step's first rows out of the cache, check them, and reset the bucket to -1.
 

@@ -9,6 +9,7 @@ __all__ = ["REFUSED", "SUPPORTED", "Refusal", "check_capture_support"]
 
 SUPPORTED = frozenset(
     {
+        "async_scheduling",
         "batch_invariant",
         "chunked_prefill",
         "forced_routing",

@@ -10,6 +10,9 @@ from routing_replay.models import MoEModelConfig
 __all__ = ["EngineConfig", "LogprobsMode", "ResolvedConfig", "capture_features", "resolve_config"]
 
 
+_LOAD_FORMATS = ("auto", "dummy")
+
+
 class LogprobsMode(StrEnum):
     """Which distribution returned logprobs belong to (names as in vLLM)."""
 
@@ -33,12 +36,20 @@ class EngineConfig:
         max_model_len: Longest sequence, prompt and output; None takes the model's limit, at most 8192.
         num_kv_blocks: Blocks of the KV cache; None makes room for `max_num_seqs` sequences of full length, at most
             `kv_cache_memory_bytes`.
-        kv_cache_memory_bytes: Upper bound on the KV cache where `num_kv_blocks` is None.
+        kv_cache_memory_bytes: Upper bound on the KV cache where `num_kv_blocks` is None. None: 1 GiB on a CPU; on a GPU what
+            weights and the largest step leave of `gpu_memory_utilization`.
+        gpu_memory_utilization: Share of a GPU's memory that the engine may use.
         logprobs_mode: Which distribution logprobs belong to.
         batch_invariant: Make the bits of a row independent of what runs beside it, so that logprobs are equal bit for
             bit under every schedule; slower.
         uncached_prefix: What happens when a prompt hits KV blocks whose routing rows are not here.
         seed: Base of the seeds of requests that name none.
+        load_format: `"auto"` reads the folder's weights; `"dummy"` makes random ones of the config's sizes, for benchmarks.
+        enforce_eager: Launch every kernel by itself, on a GPU too, instead of recording decode steps as CUDA graphs.
+        cuda_graph_sizes: Numbers of decoding requests that graphs are recorded for, ascending; None: 1, 2, 4, and on in
+            steps of 8 and 16 up to `max_num_seqs`. Larger steps run without a graph.
+        async_scheduling: Make and launch a step before the tokens of the one ahead of it are known on the host; None does so
+            on a GPU.
     """
 
     enable_return_routed_experts: bool = False
@@ -48,11 +59,16 @@ class EngineConfig:
     max_num_batched_tokens: int = 4096
     max_model_len: int | None = None
     num_kv_blocks: int | None = None
-    kv_cache_memory_bytes: int = 1 << 30
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
     logprobs_mode: LogprobsMode = LogprobsMode.RAW
     batch_invariant: bool = False
     uncached_prefix: UncachedPrefix = UncachedPrefix.RECOMPUTE
     seed: int = 0
+    load_format: str = "auto"
+    enforce_eager: bool = False
+    cuda_graph_sizes: tuple[int, ...] | None = None
+    async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
         """Check each number by itself."""
@@ -62,6 +78,7 @@ class EngineConfig:
             "max_num_batched_tokens",
             "max_model_len",
             "num_kv_blocks",
+            "kv_cache_memory_bytes",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -70,6 +87,24 @@ class EngineConfig:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}; "
                 "a step must have room for one token of every running request"
+            )
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization}; accepted is a share above 0 and up to 1"
+            )
+        if self.load_format not in _LOAD_FORMATS:
+            raise ConfigError(
+                f"load_format={self.load_format!r}; accepted are {', '.join(map(repr, _LOAD_FORMATS))}"
+            )
+        sizes = self.cuda_graph_sizes
+        if sizes is not None and (not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes))):
+            raise ConfigError(
+                f"cuda_graph_sizes={sizes}; accepted are numbers of 1 or more, each larger than the one before; "
+                "enforce_eager=True records no graph"
+            )
+        if sizes is not None and sizes[-1] > self.max_num_seqs:
+            raise ConfigError(
+                f"cuda_graph_sizes={sizes} goes beyond max_num_seqs={self.max_num_seqs}, the most that a decode step holds"
             )
 
 
@@ -83,7 +118,7 @@ def capture_features(config: EngineConfig) -> frozenset[str]:
         "prompt_logprobs",
         "weight_update",
     }
-    chosen = {name for name in ("batch_invariant",) if getattr(config, name)}
+    chosen = {name for name in ("batch_invariant", "async_scheduling") if getattr(config, name)}
     if config.enable_prefix_caching:
         chosen.add("prefix_caching")
     return frozenset(always | chosen)
@@ -94,7 +129,7 @@ class ResolvedConfig:
     """An `EngineConfig` with nothing left open.
 
     Attributes:
-        engine: The settings, `max_model_len` and `num_kv_blocks` filled in.
+        engine: The settings, `max_model_len`, `num_kv_blocks` and `async_scheduling` filled in.
         max_model_len: Longest sequence.
         num_kv_blocks: Blocks of the KV cache.
     """
@@ -105,7 +140,12 @@ class ResolvedConfig:
 
 
 def resolve_config(
-    config: EngineConfig, model: MoEModelConfig, *, kv_bytes_per_token: int
+    config: EngineConfig,
+    model: MoEModelConfig,
+    *,
+    kv_bytes_per_token: int,
+    kv_cache_bytes: int,
+    device_type: str,
 ) -> ResolvedConfig:
     """Fill in what the settings leave open.
 
@@ -113,6 +153,8 @@ def resolve_config(
         config: The settings.
         model: The model they are for.
         kv_bytes_per_token: Bytes of keys and values of one token in all layers.
+        kv_cache_bytes: Upper bound on the KV cache where `num_kv_blocks` is None.
+        device_type: `"cpu"` or `"cuda"`.
 
     Returns:
         The settings with every number known.
@@ -129,12 +171,17 @@ def resolve_config(
     blocks = config.num_kv_blocks
     if blocks is None:
         wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
-        affordable = config.kv_cache_memory_bytes // (kv_bytes_per_token * config.block_size)
+        affordable = kv_cache_bytes // (kv_bytes_per_token * config.block_size)
         blocks = min(wanted, affordable)
     if blocks < 1:
         raise ConfigError(
-            f"kv_cache_memory_bytes={config.kv_cache_memory_bytes} holds no block of {config.block_size} tokens "
-            f"({kv_bytes_per_token} bytes each); raise it"
+            f"a KV cache of {kv_cache_bytes} bytes holds no block of {config.block_size} tokens "
+            f"({kv_bytes_per_token} bytes each); raise kv_cache_memory_bytes, or gpu_memory_utilization"
         )
-    engine = replace(config, max_model_len=max_model_len, num_kv_blocks=blocks)
+    is_async = config.async_scheduling
+    if is_async is None:
+        is_async = device_type == "cuda"
+    engine = replace(
+        config, max_model_len=max_model_len, num_kv_blocks=blocks, async_scheduling=is_async
+    )
     return ResolvedConfig(engine=engine, max_model_len=max_model_len, num_kv_blocks=blocks)

@@ -1,52 +1,26 @@
 """The engine's core: requests in, steps, finished requests out; shared by everything that serves."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from routing_replay.engine.config import EngineConfig, resolve_config
+from routing_replay.engine.intake import Forcing, Intake
 from routing_replay.engine.kv_blocks import KVBlocks
-from routing_replay.engine.penalties import TokenCounts
+from routing_replay.engine.memory import kv_cache_bytes
 from routing_replay.engine.request import Request
-from routing_replay.engine.runner import ModelRunner, StepResult
-from routing_replay.engine.sampler import sample
+from routing_replay.engine.runner import LaunchedStep, ModelRunner
 from routing_replay.engine.sampling_params import SamplingParams
 from routing_replay.engine.scheduler import Schedule, Scheduler
-from routing_replay.engine.stop_strings import StopStrings
-from routing_replay.errors import CaptureError, ConfigError, TraceMismatchError
-from routing_replay.kernels import MISSING_ID
+from routing_replay.errors import CaptureError, ConfigError, EngineStoppedError, StepError
 from routing_replay.models import check_batch_invariance, copy_weights, load_model
 from routing_replay.trace import RoutingTrace
 
-__all__ = ["EngineCore", "FinishedRequest", "Forcing"]
-
-_SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that request seeds differ for 2^64 requests
-
-
-@dataclass(frozen=True, slots=True)
-class Forcing:
-    """Routing to force on a request.
-
-    Attributes:
-        trace: The experts, from token 0 on.
-        on_missing: `"error"` refuses a trace that lacks a row which the request can come to need; `"native"` routes
-            such rows natively.
-    """
-
-    trace: RoutingTrace
-    on_missing: str = "error"
-
-    def __post_init__(self) -> None:
-        """Check the policy."""
-        if self.on_missing not in ("error", "native"):
-            raise ConfigError(
-                f"on_missing={self.on_missing!r}; accepted in an engine are 'error' and 'native'"
-            )
+__all__ = ["EngineCore", "FinishedRequest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +38,10 @@ class FinishedRequest:
 
 class EngineCore:
     """Scheduler, KV blocks and runner of one model.
+
+    With `async_scheduling`, a step is launched before the results of the one ahead of it are looked at: its requests go on
+    as if none had ended. What a request that had ended computes so is never returned, and its blocks and its slot are
+    given to others only in later steps, which run after it.
 
     Args:
         folder: A Hugging Face Qwen3-MoE folder.
@@ -83,29 +61,49 @@ class EngineCore:
         make_decoder: Callable[[], Callable[[int], str | None]] | None = None,
     ) -> None:
         model = load_model(
-            folder, dtype=dtype, device=device, batch_invariant=config.batch_invariant
+            folder,
+            dtype=dtype,
+            device=device,
+            batch_invariant=config.batch_invariant,
+            load_format=config.load_format,
         )
         if config.batch_invariant:
             check_batch_invariance(model)
         self.model_config = model.config
         kv_heads_bytes = model.config.num_key_value_heads * model.config.head_dim * dtype.itemsize
         self.config = resolve_config(
-            config, model.config, kv_bytes_per_token=2 * model.config.num_layers * kv_heads_bytes
+            config,
+            model.config,
+            kv_bytes_per_token=2 * model.config.num_layers * kv_heads_bytes,
+            kv_cache_bytes=kv_cache_bytes(config, model, device),
+            device_type=device.type,
         )
-        self._engine_config = self.config.engine
         self.runner = ModelRunner(model, self.config, device=device, dtype=dtype)
         pipeline = self.runner.pipeline
         self.kv_blocks = KVBlocks(
             self.config.num_kv_blocks,
-            self._engine_config.block_size,
-            enable_prefix_caching=self._engine_config.enable_prefix_caching,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
             num_usable=None if pipeline is None else pipeline.num_usable_blocks,
         )
         self.scheduler = Scheduler(self.config, self.kv_blocks)
         self.weights_version = 0
-        self._make_decoder = make_decoder
-        self._device = device
-        self._num_requests = 0
+        self._intake = Intake(
+            model.config,
+            self.config.engine,
+            device=device,
+            check=self.scheduler.check,
+            make_decoder=make_decoder,
+        )
+        self._in_flight: LaunchedStep | None = None
+        self._settled_early: list[FinishedRequest] = []
+        self._num_failures = 0
+        self._stopped: EngineStoppedError | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request waits or runs, or has ended without having been handed out."""
+        return self.scheduler.has_work or self._in_flight is not None or bool(self._settled_early)
 
     def make_requests(
         self,
@@ -131,21 +129,9 @@ class EngineCore:
                 strings without a tokenizer.
             TraceMismatchError: The trace does not fit the prompt or the model.
         """
-        self._check_tokens(token_ids, params)
-        parent = self._make_request(token_ids, params, prompt)
-        self.scheduler.check(parent)
-        if forcing is not None:
-            parent.forced_ids = self._forced_ids(parent, forcing)
-        requests = [parent]
-        for index in range(1, params.n):
-            seed = None if params.seed is None else (params.seed + index) % 2**63
-            own = replace(params, seed=seed, prompt_logprobs=None)
-            child = self._make_request(token_ids, own, prompt)
-            child.parent, child.index, child.forced_ids = parent, index, parent.forced_ids
-            requests.append(child)
-        return requests
+        return self._intake.make_requests(token_ids, params, prompt=prompt, forcing=forcing)
 
-    def run(self, requests: Sequence[Request]) -> Generator[FinishedRequest, None, None]:
+    def run(self, requests: Iterable[Request]) -> Generator[FinishedRequest, None, None]:
         """Run requests to their end.
 
         Args:
@@ -157,28 +143,35 @@ class EngineCore:
         for request in requests:
             self.scheduler.add(request)
         try:
-            while self.scheduler.has_work:
+            while self.has_work:
                 yield from self.step()
         finally:
-            for request in self.scheduler.clear():
-                self._forget(request)
+            self._drop_all()
 
     def step(self) -> list[FinishedRequest]:
-        """Run one step.
+        """Launch a step, and settle what has run: the step before it, or without `async_scheduling` the same one.
 
         Returns:
-            The requests that it finished.
+            The requests that have ended.
+
+        Raises:
+            EngineStoppedError: Two steps in a row have failed; no request runs any more.
         """
+        if self._stopped is not None:
+            raise self._stopped
+        finished, self._settled_early = self._settled_early, []
+        previous, self._in_flight = self._in_flight, None
         schedule = self.scheduler.schedule()
-        self._begin(schedule)
-        result = self.runner.run(schedule, weights_version=self.weights_version)
-        self._advance(schedule, result)
-        sampling = [part.request for part in schedule.parts if part.samples]
-        sampled = sample(result.logits, sampling, self._engine_config.logprobs_mode)
-        for request, token in zip(sampling, sampled, strict=True):
-            if request.finish_reason is None:
-                request.accept(token.token_id, token.logprobs)
-        return [self._finish(request) for request in self.scheduler.retire()]
+        launched = self._launch(schedule) if schedule.parts else None
+        if previous is not None:
+            self._settle(previous)
+        if isinstance(launched, RuntimeError):
+            self._fail_step(schedule, launched)
+        elif launched is not None and self.config.engine.async_scheduling:
+            self._in_flight = launched
+        elif launched is not None:
+            self._settle(launched)
+        return finished + self._retire()
 
     def abort(self, request_id: str) -> FinishedRequest | None:
         """End a request early and free what it holds.
@@ -189,75 +182,80 @@ class EngineCore:
         Returns:
             The request with what it has computed, or None if there is none of that name.
         """
+        self.settle()
+        for position, item in enumerate(self._settled_early):
+            if item.request.request_id == request_id:  # it has just ended by itself
+                return self._settled_early.pop(position)
         request = self.scheduler.abort(request_id)
         return None if request is None else self._finish(request)
 
+    def settle(self) -> None:
+        """Wait for the step in flight, if there is one; requests that it ends are handed out by the next `step`."""
+        launched, self._in_flight = self._in_flight, None
+        if launched is not None:
+            self._settle(launched)
+            self._settled_early += self._retire()
+
     def update_weights(
-        self, tensors: Iterable[tuple[str, Tensor]], *, weights_version: int
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        weights_version: int,
+        reset_prefix_cache: bool = True,
     ) -> None:
         """Replace weights between two steps; rows computed from now on carry the new version.
 
-        Cached prefixes are forgotten. Running requests keep the keys, values and rows that they have.
+        Running requests keep the keys, values and rows that they have.
 
         Args:
             tensors: Names as in a Hugging Face checkpoint, and the new values; others stay as they are.
             weights_version: The new version, 0 or more.
+            reset_prefix_cache: Forget cached prefixes, whose keys and values are those of the old weights.
 
         Raises:
             ConfigError: The version is negative.
             UnsupportedModelError: A name is unknown or a shape differs; tensors before it have been copied.
         """
+        with self.updating_weights(weights_version, reset_prefix_cache=reset_prefix_cache):
+            copy_weights(self.runner.model, tensors)
+
+    @contextmanager
+    def updating_weights(
+        self, weights_version: int, *, reset_prefix_cache: bool = True
+    ) -> Generator[None]:
+        """Let weights be changed in place: no step is in flight inside, and later rows carry the new version.
+
+        Args:
+            weights_version: The new version, 0 or more.
+            reset_prefix_cache: As for `update_weights`.
+
+        Returns:
+            A context.
+
+        Raises:
+            ConfigError: The version is negative.
+        """
         if weights_version < 0:
             raise ConfigError(f"weights_version={weights_version}; accepted is 0 or more")
-        copy_weights(self.runner.model, tensors)
-        self.weights_version = weights_version
-        self.reset_prefix_cache()
+        self.settle()
+        try:
+            yield
+        finally:
+            # Some weights may be new where an error came halfway: no cached prefix fits them any more.
+            self.weights_version = weights_version
+            if reset_prefix_cache:
+                self.reset_prefix_cache()
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
         self.kv_blocks.reset_prefix_cache()
 
-    def _check_tokens(self, token_ids: Sequence[int], params: SamplingParams) -> None:
-        vocab_size = self.model_config.vocab_size
-        named = [("prompt token", *item) for item in enumerate(token_ids)]
-        named += [("stop_token_ids entry", *item) for item in enumerate(params.stop_token_ids)]
-        for what, position, token_id in named:
-            if not 0 <= token_id < vocab_size:
-                raise ConfigError(
-                    f"{what} {position} is {token_id}; accepted are ids in [0, {vocab_size}): "
-                    "use the model's own tokenizer"
-                )
-        if params.stop and self._make_decoder is None:
-            raise ConfigError(
-                f"stop={params.stop!r} needs a tokenizer, and the model folder has no tokenizer.json; use stop_token_ids"
-            )
-
-    def _make_request(
-        self, token_ids: Sequence[int], params: SamplingParams, prompt: str | None
-    ) -> Request:
-        self._num_requests += 1
-        seed = params.seed
-        if seed is None:
-            seed = (self._engine_config.seed + self._num_requests * _SEED_STRIDE) % 2**63
-        request = Request(
-            request_id=str(self._num_requests),
-            prompt=prompt,
-            token_ids=list(token_ids),
-            num_prompt_tokens=len(token_ids),
-            params=params,
-            generator=torch.Generator(self._device).manual_seed(seed),
-            eos_token_ids=self.model_config.eos_token_ids,
-        )
-        if params.has_penalties:
-            vocab_size = self.model_config.vocab_size
-            request.token_counts = TokenCounts(vocab_size, token_ids, self._device)
-        if params.stop and self._make_decoder is not None:
-            request.stop_strings = StopStrings(
-                params.stop,
-                include_in_text=params.include_stop_str_in_output,
-                decode=self._make_decoder(),
-            )
-        return request
+    def _launch(self, schedule: Schedule) -> LaunchedStep | RuntimeError:
+        try:
+            self._begin(schedule)
+            return self.runner.launch(schedule, weights_version=self.weights_version)
+        except RuntimeError as error:  # torch's, out of memory among them, and those of kernels
+            return error
 
     def _begin(self, schedule: Schedule) -> None:
         """Copy the rows of forked blocks, and give new requests the rows that they did not compute."""
@@ -265,27 +263,71 @@ class EngineCore:
         if pipeline is None:
             return
         for copy in schedule.copies:
-            pipeline.host_cache.copy_block(copy.source, copy.target)
+            pipeline.copy_block(copy.source, copy.target)
+        first_tokens = {part.request.request_id: part.start for part in schedule.parts}
         for request in schedule.admitted:
-            num_blocks = self.kv_blocks.blocks_for(request.num_computed)
-            prefix = request.blocks[:num_blocks]
+            start = first_tokens[request.request_id]
+            prefix = request.blocks[: self.kv_blocks.blocks_for(start)]
             try:
-                pipeline.begin(request.request_id, prefix, request.num_computed)
+                pipeline.begin(request.request_id, prefix, start)
             except CaptureError as error:
                 request.fail(error)
 
-    def _advance(self, schedule: Schedule, result: StepResult) -> None:
+    def _settle(self, launched: LaunchedStep) -> None:
+        """Wait for a step and give its requests their tokens."""
+        schedule, pipeline = launched.schedule, self.runner.pipeline
+        try:
+            sampled = iter(() if launched.samples is None else launched.samples.wait())
+            errors = {} if pipeline is None or launched.ticket is None else pipeline.errors(launched.ticket)  # fmt: skip
+        except RuntimeError as error:
+            self._fail_step(schedule, error)
+            return
+        self._num_failures = 0
         for part in schedule.parts:
             request = part.request
-            request.num_computed = part.start + part.num_tokens
-            request.prompt_logprobs.extend(result.prompt_logprobs.get(request.request_id, ()))
-            error = result.errors.get(request.request_id)
-            if error is not None:
+            request.prompt_logprobs.extend(launched.prompt_logprobs.get(request.request_id, ()))
+            error = errors.get(request.request_id)
+            if error is not None and request.finish_reason is None:
                 request.fail(error)
-            if request.error is None:
-                self.kv_blocks.publish(request, part.start)
-            if request.params.max_tokens == 0 and request.num_computed == request.num_to_compute:
+            if part.still_counts:
+                self.kv_blocks.publish(request, part.start, part.end)
+            if request.params.max_tokens == 0 and part.end == request.num_to_compute:
                 request.finish_reason = request.finish_reason or "length"
+            for _ in range(part.num_samples):
+                token = next(sampled)
+                if request.finish_reason is not None:
+                    request.num_pending -= 1
+                elif token.is_finite:
+                    request.accept(token.token_id, token.logprobs)
+                else:
+                    request.fail(_poisoned(request, part.end - 1))
+
+    def _retire(self) -> list[FinishedRequest]:
+        return [self._finish(request) for request in self.scheduler.retire()]
+
+    def _fail_step(self, schedule: Schedule, error: RuntimeError) -> None:
+        """End the requests of a step that could not run; stop where that happens twice in a row."""
+        self._num_failures += 1
+        what = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        for part in schedule.parts:
+            if part.request.finish_reason is None:
+                part.request.fail(
+                    StepError(
+                        f"request {part.request.request_id!r}: the step that computed its tokens "
+                        f"[{part.start}, {part.end}) failed ({what}); send it again, with a smaller "
+                        "max_num_batched_tokens or kv_cache_memory_bytes where memory ran out"
+                    )
+                )
+        try:
+            self.runner.recover()
+        except RuntimeError as second:  # what a broken CUDA context says to everything
+            self._num_failures = 2
+            error = second
+        if self._num_failures >= 2:
+            self._stopped = EngineStoppedError(
+                f"two steps in a row failed, the last with {what}; the engine has stopped: make a new one"
+            )
+            self._stopped.__cause__ = error
 
     def _finish(self, request: Request) -> FinishedRequest:
         pipeline = self.runner.pipeline
@@ -305,30 +347,23 @@ class EngineCore:
 
     def _forget(self, request: Request) -> None:
         if self.runner.pipeline is not None:
-            self.runner.pipeline.host_cache.free(request.request_id)
+            self.runner.pipeline.free(request.request_id)
 
-    def _forced_ids(self, request: Request, forcing: Forcing) -> NDArray[np.int16]:
-        """Check a trace against a request and return its ids, -1 in rows that are not valid."""
-        trace = forcing.trace
-        spec = self.model_config.routing_spec
-        expected = (spec.layer_ids, spec.num_layers, spec.num_experts, spec.top_k)
-        found = (trace.layer_ids, trace.num_layers, trace.num_experts, trace.top_k)
-        if expected != found:
-            raise TraceMismatchError(
-                f"the trace has (layer_ids, num_layers, num_experts, top_k) = {found}, the model {expected}; "
-                "replay a trace of this model"
-            )
-        needed = request.max_len - 1
-        is_whole = trace.start == 0 and trace.end >= needed and trace.is_complete
-        if forcing.on_missing == "error" and not is_whole:
-            raise TraceMismatchError(
-                f"the trace covers tokens [{trace.start}, {trace.end}), {int(trace.valid.sum())} of them valid; "
-                f"{request.num_prompt_tokens} prompt tokens and max_tokens={request.params.max_tokens} need a valid "
-                f"row for each of [0, {needed}): lower max_tokens, merge the missing rows, or pass on_missing='native'"
-            )
-        covered = min(request.num_prompt_tokens, trace.end)
-        if trace.start < covered:
-            trace.slice(trace.start, covered).validate(request.token_ids[:covered])
-        ids = np.full((trace.end, *trace.ids.shape[1:]), MISSING_ID, np.int16)
-        ids[trace.start :][trace.valid] = trace.ids[trace.valid]
-        return ids
+    def _drop_all(self) -> None:
+        """Forget every request; a step in flight is waited for, since it writes to blocks and rows."""
+        launched, self._in_flight = self._in_flight, None
+        dropped = self.scheduler.clear()
+        self._settled_early = []
+        if launched is not None:
+            for part in launched.schedule.parts:
+                part.request.finish_reason = part.request.finish_reason or "abort"
+            self._settle(launched)
+        for request in dropped:
+            self._forget(request)
+
+
+def _poisoned(request: Request, position: int) -> StepError:
+    return StepError(
+        f"request {request.request_id!r}: the logits after token index {position} are not finite; the weights hold NaN or "
+        "infinity, or a kernel failed: check the weights, and run again with enforce_eager=True"
+    )

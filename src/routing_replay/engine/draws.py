@@ -16,12 +16,12 @@ class Draws:
     speculation or in an overlapped step, is drawn with the same number.
 
     Args:
-        seed: Seed of the request; or a generator, which then belongs to this object.
+        seed: Seed of the request.
     """
 
     __slots__ = ("_generator", "_numbers", "_seed")
 
-    def __init__(self, seed: int | torch.Generator) -> None:
+    def __init__(self, seed: int) -> None:
         self._seed = seed
         # Its state takes 5 KB: made at the first draw, which greedy requests never come to.
         self._generator: torch.Generator | None = None
@@ -42,8 +42,6 @@ class Draws:
 
     def _next_chunk(self) -> list[float]:
         if self._generator is None:
-            seed = self._seed
-            is_seed = isinstance(seed, int)
-            self._generator = torch.Generator().manual_seed(seed) if is_seed else seed
-        numbers = torch.empty(_CHUNK, dtype=torch.float64, device=self._generator.device)
+            self._generator = torch.Generator().manual_seed(self._seed)
+        numbers = torch.empty(_CHUNK, dtype=torch.float64)
         return numbers.uniform_(generator=self._generator).tolist()

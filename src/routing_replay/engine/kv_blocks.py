@@ -129,14 +129,15 @@ class KVBlocks:
         request.blocks.extend(self._take_free() for _ in range(num_new))
         return True
 
-    def publish(self, request: Request, num_before: int) -> None:
+    def publish(self, request: Request, start: int, end: int) -> None:
         """Offer the blocks that a step has filled to later requests.
 
         Args:
-            request: A running request whose `num_computed` has advanced.
-            num_before: Its `num_computed` before the step.
+            request: A running request.
+            start: Its first token in a step that has run,
+            end: and one past its last.
         """
-        first, last = num_before // self.block_size, request.num_computed // self.block_size
+        first, last = start // self.block_size, end // self.block_size
         if not self._is_caching or first == last:
             return
         digests = self._hashes(request, last)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from routing_replay.errors import CaptureError, ConfigError
+from routing_replay.errors import ConfigError, RoutingReplayError
 from routing_replay.trace import RoutingTrace
 
 __all__ = ["CompletionOutput", "Logprob", "RequestOutput"]
@@ -47,7 +47,7 @@ class CompletionOutput:
     logprobs: tuple[dict[int, Logprob], ...] | None
     finish_reason: str
     stop_reason: int | str | None = None
-    error: CaptureError | None = None
+    error: RoutingReplayError | None = None
     captured: RoutingTrace | None = None
 
     @property
@@ -55,7 +55,7 @@ class CompletionOutput:
         """The trace of prompt and completion: a row for every token but the last.
 
         Raises:
-            CaptureError: The request failed; this is its error.
+            RoutingReplayError: The request failed; this is its error.
             ConfigError: The engine does not capture.
         """
         if self.error is not None:

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from routing_replay.capture import BlockRef
+from routing_replay.engine.draws import Draws
 from routing_replay.engine.outputs import Logprob
 from routing_replay.engine.penalties import TokenCounts
 from routing_replay.engine.sampling_params import SamplingParams
 from routing_replay.engine.stop_strings import StopStrings
-from routing_replay.errors import CaptureError
+from routing_replay.errors import RoutingReplayError
 
 __all__ = ["Request"]
 
@@ -27,7 +27,7 @@ class Request:
         token_ids: Prompt and generated tokens.
         num_prompt_tokens: P.
         params: How it is sampled.
-        generator: Its own source of randomness.
+        draws: Its own source of randomness.
         eos_token_ids: Tokens that end it.
         parent: The first of the n samples of its prompt, if it is another one of them.
         index: Which of the n samples it is.
@@ -35,7 +35,9 @@ class Request:
         token_counts: Tokens seen so far, if penalties need them.
         forced_ids: int16 `[rows, L, K]` experts to force, from token 0 on, -1 in native rows; tokens past its end
             route natively. None routes all tokens natively.
-        num_computed: Tokens whose keys, values and routing rows exist.
+        num_computed: Tokens whose keys, values and routing rows exist, or are being computed by a step in flight.
+        num_pending: Tokens that steps in flight are sampling.
+        slot: Its place among the running requests, -1 while it waits.
         num_cached: Prompt tokens that the prefix cache, or a fork, gave it at first.
         num_preemptions: How often it had to give its blocks back.
         blocks: Its KV blocks in token order.
@@ -52,7 +54,7 @@ class Request:
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
-    generator: torch.Generator
+    draws: Draws
     eos_token_ids: tuple[int, ...]
     parent: "Request | None" = None
     index: int = 0
@@ -60,6 +62,8 @@ class Request:
     token_counts: TokenCounts | None = None
     forced_ids: NDArray[np.int16] | None = None
     num_computed: int = 0
+    num_pending: int = 0
+    slot: int = -1
     num_cached: int | None = None
     num_preemptions: int = 0
     blocks: list[BlockRef] = field(default_factory=list[BlockRef])
@@ -68,7 +72,7 @@ class Request:
     prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    error: CaptureError | None = None
+    error: RoutingReplayError | None = None
 
     @property
     def max_len(self) -> int:
@@ -76,9 +80,14 @@ class Request:
         return self.num_prompt_tokens + self.params.max_tokens
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that it has, those in flight among them."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def num_to_compute(self) -> int:
-        """Tokens that it has and must compute: all, but the last one of a prompt that is only scored."""
-        return len(self.token_ids) - (self.params.max_tokens == 0)
+        """Tokens that it has and must compute: all, but never the last one that it can reach."""
+        return min(self.num_tokens, self.max_len - 1)
 
     @property
     def output_ids(self) -> Sequence[int]:
@@ -87,8 +96,8 @@ class Request:
 
     @property
     def num_output_tokens(self) -> int:
-        """Generated tokens, counted."""
-        return len(self.token_ids) - self.num_prompt_tokens
+        """Generated tokens, counted, those in flight among them."""
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def waits_for_parent(self) -> bool:
@@ -135,12 +144,11 @@ class Request:
         return forced.tobytes() if (forced >= 0).any() else b""
 
     def accept(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
-        """Append a sampled token and decide whether the request has ended."""
+        """Append a sampled token, which is no longer in flight, and decide whether the request has ended."""
         self.token_ids.append(token_id)
+        self.num_pending -= 1
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        if self.token_counts is not None:
-            self.token_counts.add(token_id)
         is_long_enough = self.num_output_tokens >= self.params.min_tokens
         found = None
         if self.stop_strings is not None:
@@ -154,6 +162,6 @@ class Request:
         elif len(self.token_ids) >= self.max_len:
             self.finish_reason = "length"
 
-    def fail(self, error: CaptureError) -> None:
+    def fail(self, error: RoutingReplayError) -> None:
         """End the request with an error."""
         self.finish_reason, self.error = "error", error

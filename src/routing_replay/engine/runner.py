@@ -1,7 +1,7 @@
-"""The runner: builds a step's inputs, runs the model, and collects routing."""
+"""The runner: launches steps on the device, and collects what they sample and how they route."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,41 +14,55 @@ from routing_replay.capture import (
     HostCache,
     ReplayBuffer,
     RowSpan,
+    StepTicket,
     canary_ids,
     check_canary,
     check_capture_support,
 )
 from routing_replay.engine.config import ResolvedConfig, capture_features
+from routing_replay.engine.graphs import DecodeGraphs, decode_buckets
 from routing_replay.engine.outputs import Logprob
-from routing_replay.engine.sampler import score
+from routing_replay.engine.sampler import PendingSamples, launch_sample, score
 from routing_replay.engine.scheduler import Schedule, ScheduledRequest
-from routing_replay.errors import CaptureError
+from routing_replay.engine.step_buffers import StepTensors
+from routing_replay.engine.step_builder import StepBuilder, row_spans
 from routing_replay.kernels import MISSING_ID
+from routing_replay.kernels.sampling import PlainSamples, sample_plain
 from routing_replay.models import Qwen3MoEModel, RoutingBuffers, SequenceSpan, StepInputs
 
-__all__ = ["ModelRunner", "StepResult"]
-
+__all__ = ["LaunchedStep", "ModelRunner"]
 
 _SCORED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """What a step gave.
+class LaunchedStep:
+    """A step that the device may still be running.
 
     Attributes:
-        logits: float32 `[S, vocab_size]`, one row per part that samples, in order.
+        schedule: What it computes.
+        samples: The tokens, once they are there; None where none is sampled.
+        ticket: Its routing, once it is on the host; None without capture.
         prompt_logprobs: By request: the entries of the prompt tokens that follow the step's rows.
-        errors: Requests whose routing was not captured.
     """
 
+    schedule: Schedule
+    samples: PendingSamples | None
+    ticket: StepTicket | None
+    prompt_logprobs: Mapping[str, list[dict[int, Logprob]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """What a step leaves on the device; tokens drawn plainly on a GPU alone, where that can be part of a graph."""
+
+    hidden_states: Tensor
     logits: Tensor
-    prompt_logprobs: dict[str, list[dict[int, Logprob]]]
-    errors: dict[str, CaptureError]
+    plain: PlainSamples | None
 
 
 class ModelRunner:
-    """Runs steps of a model over a paged KV cache.
+    """Launches steps of a model over a paged KV cache; decode steps as CUDA graphs where there is a GPU.
 
     Args:
         model: The decoder.
@@ -66,80 +80,163 @@ class ModelRunner:
         dtype: torch.dtype,
     ) -> None:
         self.model = model
-        self._block_size = config.engine.block_size
+        self._config = config
         self._device = device
+        self._dtype = dtype
+        engine = config.engine
+        self._block_size = engine.block_size
         spec = model.config.routing_spec
-        num_rows = config.engine.max_num_batched_tokens
-        self._kv_cache = torch.zeros(
-            (
-                model.config.num_layers,
-                2,
-                config.num_kv_blocks,
-                self._block_size,
-                model.config.num_key_value_heads,
-                model.config.head_dim,
-            ),
-            dtype=dtype,
+        num_rows = engine.max_num_batched_tokens
+        self._builder = StepBuilder(
+            max_num_rows=num_rows,
+            max_num_seqs=engine.max_num_seqs,
+            max_blocks=-(-config.max_model_len // engine.block_size),
+            block_size=engine.block_size,
             device=device,
         )
+        self._kv_cache = self._make_kv_cache()
         self._replay_buffer = ReplayBuffer(spec, num_rows=num_rows, device=device)
         self.pipeline: CapturePipeline | None = None
-        if config.engine.enable_return_routed_experts:
-            check_capture_support(capture_features(config.engine))
+        if engine.enable_return_routed_experts:
+            check_capture_support(capture_features(engine))
             self.pipeline = CapturePipeline(
                 DeviceCache(spec, num_rows=num_rows, device=device),
-                HostCache(spec, num_blocks=config.num_kv_blocks, block_size=self._block_size),
-                uncached_prefix=config.engine.uncached_prefix,
+                HostCache(spec, num_blocks=config.num_kv_blocks, block_size=engine.block_size),
+                uncached_prefix=engine.uncached_prefix,
             )
-            self._run_canary(self.pipeline)
+        self.graphs: DecodeGraphs[_Computed] | None = None
+        if device.type == "cuda" and not engine.enforce_eager:
+            sizes = engine.cuda_graph_sizes or decode_buckets(engine.max_num_seqs)
+            self.graphs = DecodeGraphs(sizes, self._step_of)
+        self._warm_up()
 
     @torch.inference_mode()
-    def run(self, schedule: Schedule, *, weights_version: int) -> StepResult:
-        """Run a step.
+    def launch(self, schedule: Schedule, *, weights_version: int) -> LaunchedStep:
+        """Launch a step.
 
         Args:
             schedule: The step.
             weights_version: Version of the model's weights, for the rows.
 
         Returns:
-            Logits of the parts that sample, logprobs of prompt tokens, and the requests whose rows were bad.
+            The step; its results are waited for with `LaunchedStep.samples` and the pipeline's `errors`.
+
+        Runtime: waits for the device only where prompt tokens are scored, a request wants more than a plain draw, or all
+            staging slots of the capture pipeline are in use.
         """
         parts = schedule.parts
         for copy in schedule.copies:
             self._kv_cache[:, :, copy.target.block_id] = self._kv_cache[:, :, copy.source.block_id]
-        spans = [
-            RowSpan(
-                request_id=part.request.request_id,
-                start=part.start,
-                num_rows=part.num_tokens,
-                blocks=part.request.blocks,
-            )
-            for part in parts
-        ]
-        tokens = [
-            part.request.token_ids[part.start : part.start + part.num_tokens] for part in parts
-        ]
-        step = self._step_inputs(spans, tokens)
-        hidden_states = self._forward(step, is_forced=self._fill_replay_buffer(parts))
-        errors: dict[str, CaptureError] = {}
+        is_forced = self._fill_replay_buffer(parts)
+        bucket = self._bucket(parts)
+        tensors, step = self._builder.build(parts, bucket=bucket)
+        if bucket is None:
+            computed = self._compute(tensors, step, is_forced=is_forced)
+        else:
+            assert self.graphs is not None
+            computed = self.graphs.replay(bucket, is_forced=is_forced)
+        ticket = self._collect(row_spans(parts), len(tensors.positions), weights_version)
+        samples = self._sample(parts, tensors, computed)
+        scored = self._score_prompts(parts, step.spans, computed.hidden_states)
+        return LaunchedStep(schedule, samples, ticket, scored)
+
+    def release(self) -> None:
+        """Give back the memory of keys, values and graphs; `acquire` makes them anew.
+
+        Runtime: synchronous.
+        """
+        if self.graphs is not None:
+            self.graphs.clear()
+        self._kv_cache = torch.empty(0, device=self._device)
+
+    def acquire(self) -> None:
+        """Make keys, values and graphs anew, after `release` or where the model's weights have moved.
+
+        Runtime: synchronous; as long as the start of the engine without loading.
+        """
+        self._kv_cache = self._make_kv_cache()
+        self._warm_up()
+
+    def recover(self) -> None:
+        """Put what a failed step may have left half done back to where a step expects it.
+
+        Runtime: synchronous.
+        """
         if self.pipeline is not None:
-            errors = self.pipeline.collect(
-                spans, num_reset=step.token_ids.shape[0], weights_version=weights_version
-            )
-        last_rows = [
-            span.first_row + span.num_tokens - 1
-            for span, part in zip(step.spans, parts, strict=True)
-            if part.samples
-        ]
-        logits = self.model.compute_logits(hidden_states[last_rows])
-        return StepResult(logits, self._score_prompts(parts, step, hidden_states), errors)
+            self.pipeline.device_cache.reset()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _make_kv_cache(self) -> Tensor:
+        config = self.model.config
+        shape = (config.num_layers, 2, self._config.num_kv_blocks, self._block_size,
+                 config.num_key_value_heads, config.head_dim)  # fmt: skip
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    def _bucket(self, parts: Sequence[ScheduledRequest]) -> int | None:
+        """The graph's rows for a step in which every request decodes one token, or None."""
+        if self.graphs is None or any(part.num_tokens != 1 or part.num_samples != 1 for part in parts):  # fmt: skip
+            return None
+        return self.graphs.bucket_of(len(parts))
+
+    def _step_of(self, bucket: int) -> Callable[[bool], _Computed]:
+        tensors, step = self._builder.inputs_of_bucket(bucket)
+        return lambda is_forced: self._compute(tensors, step, is_forced=is_forced)
+
+    def _compute(self, tensors: StepTensors, step: StepInputs, *, is_forced: bool) -> _Computed:
+        """The whole step on the device, tokens in and tokens out."""
+        buffers = RoutingBuffers(
+            device_cache=None if self.pipeline is None else self.pipeline.device_cache,
+            replay_buffer=self._replay_buffer if is_forced else None,
+        )
+        tokens = self._builder.buffers
+        step = replace(step, token_ids=tokens.all_tokens.index_select(0, tensors.token_source))
+        hidden_states = self.model(step, self._kv_cache, buffers)
+        logits = self.model.compute_logits(hidden_states.index_select(0, tensors.sample_rows))
+        plain = None
+        if self._device.type == "cuda":
+            plain = sample_plain(logits, tensors.temperature, tensors.uniform)
+            tokens.sampled_tokens.index_copy_(0, tensors.sample_slots, plain.token_ids)
+        return _Computed(hidden_states, logits, plain)
+
+    def _sample(
+        self, parts: Sequence[ScheduledRequest], tensors: StepTensors, computed: _Computed
+    ) -> PendingSamples | None:
+        """Finish what the step has drawn plainly, and keep the tokens for the next step to read."""
+        rows = [(part, index) for part in parts for index in range(part.num_samples)]
+        count = len(rows)
+        if not count:
+            return None
+        plain = None if computed.plain is None else PlainSamples(computed.plain.packed[:count])
+        samples = launch_sample(
+            computed.logits[:count],
+            plain,
+            [part.request for part, _ in rows],
+            self._config.engine.logprobs_mode,
+            output_index=[part.first_output + index for part, index in rows],
+            uniform=tensors.uniform[:count],
+        )
+        if plain is None or samples.token_ids.data_ptr() != plain.token_ids.data_ptr():
+            # Rows that ask for more than a plain draw have another token than the one that the step itself has kept.
+            self._builder.buffers.sampled_tokens[tensors.sample_slots[:count]] = samples.token_ids
+        return samples
+
+    def _collect(
+        self, spans: Sequence[RowSpan], num_rows: int, weights_version: int
+    ) -> StepTicket | None:
+        if self.pipeline is None:
+            return None
+        return self.pipeline.submit(spans, num_reset=num_rows, weights_version=weights_version)
 
     def _score_prompts(
-        self, parts: Sequence[ScheduledRequest], step: StepInputs, hidden_states: Tensor
+        self,
+        parts: Sequence[ScheduledRequest],
+        spans: Sequence[SequenceSpan],
+        hidden_states: Tensor,
     ) -> dict[str, list[dict[int, Logprob]]]:
         """Score the prompt tokens that follow the rows of a step, a few rows at a time: logits are large."""
         scored: dict[str, list[dict[int, Logprob]]] = {}
-        for part, span in zip(parts, step.spans, strict=True):
+        for part, span in zip(parts, spans, strict=True):
             request, entries = part.request, list[dict[int, Logprob]]()
             rows = part.prompt_logprob_rows
             for low in range(rows.start, rows.stop, _SCORED_ROWS):
@@ -152,13 +249,6 @@ class ModelRunner:
             if entries:
                 scored[request.request_id] = entries
         return scored
-
-    def _forward(self, step: StepInputs, *, is_forced: bool) -> Tensor:
-        buffers = RoutingBuffers(
-            device_cache=None if self.pipeline is None else self.pipeline.device_cache,
-            replay_buffer=self._replay_buffer if is_forced else None,
-        )
-        return self.model(step, self._kv_cache, buffers)
 
     def _fill_replay_buffer(self, parts: Sequence[ScheduledRequest]) -> bool:
         """Place the step's forced ids; return whether any request is forced."""
@@ -176,53 +266,43 @@ class ModelRunner:
         self._replay_buffer.fill(rows)
         return True
 
-    def _step_inputs(self, spans: Sequence[RowSpan], tokens: Sequence[Sequence[int]]) -> StepInputs:
-        """Flatten the sequences of a step."""
-        size = self._block_size
-        num_decodes = sum(span.num_rows == 1 for span in spans)
-        positions = np.concatenate([np.arange(s.start, s.start + s.num_rows) for s in spans])
-        widest = max(-(-(span.start + span.num_rows) // size) for span in spans)
-        tables = np.zeros((len(spans), widest), np.int64)
-        for row, span in enumerate(spans):
-            used = -(-(span.start + span.num_rows) // size)
-            tables[row, :used] = [block.block_id for block in span.blocks[:used]]
-        owner = np.repeat(np.arange(len(spans)), [span.num_rows for span in spans])
-        slots = tables[owner, positions // size] * size + positions % size
-        ends = np.cumsum([span.num_rows for span in spans])
-        context = np.array([span.start + span.num_rows for span in spans])
-        mask = np.arange(widest * size) < context[:num_decodes, None]
-        return StepInputs(
-            token_ids=self._to_device(np.concatenate([np.asarray(t, np.int64) for t in tokens])),
-            positions=self._to_device(positions),
-            slot_mapping=self._to_device(slots),
-            block_tables=self._to_device(tables),
-            spans=tuple(
-                SequenceSpan(
-                    first_row=int(end) - s.num_rows, num_tokens=s.num_rows, context_len=int(length)
-                )
-                for s, end, length in zip(spans, ends, context, strict=True)
-            ),
-            num_decodes=num_decodes,
-            decode_mask=self._to_device(mask[:, None, None, :]),
-        )
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
-
     @torch.inference_mode()
-    def _run_canary(self, pipeline: CapturePipeline) -> None:
+    def _warm_up(self) -> None:
+        """Record the graphs, and prove on real steps that every layer's experts come back from where they belong."""
+        if self.graphs is not None:
+            forms = (False,) if self.pipeline is None else (False, True)
+            self.graphs.record_all(forced=forms)
+        if self.pipeline is None:
+            return
+        # Recording has run the layers outside of any step.
+        self.pipeline.device_cache.reset()
+        spec = self.model.config.routing_spec
+        num_rows = min(self._block_size, spec.num_experts, self._config.engine.max_num_batched_tokens)  # fmt: skip
+        self._run_canary(self.pipeline, num_rows, bucket=None)
+        for bucket in () if self.graphs is None else self.graphs.buckets:
+            num_rows = min(bucket, self._config.num_kv_blocks * self._block_size)
+            self._run_canary(self.pipeline, num_rows, bucket=bucket)
+
+    def _run_canary(self, pipeline: CapturePipeline, num_rows: int, *, bucket: int | None) -> None:
         """Force known ids through one real step and read them back (block 0 is written; nothing is cached yet)."""
         spec = self.model.config.routing_spec
-        num_rows = min(self._block_size, spec.num_experts, pipeline.device_cache.num_rows)
         expected = canary_ids(spec, num_rows)
-        span = RowSpan(request_id="canary", start=0, num_rows=num_rows, blocks=(BlockRef(0, 0),))
-        step = self._step_inputs([span], [[0] * num_rows])
         self._replay_buffer.fill(expected)
-        self._forward(step, is_forced=True)
-        pipeline.host_cache.begin(span.request_id)
-        errors = pipeline.collect([span], num_reset=num_rows, weights_version=0)
+        if bucket is None:
+            tensors, step = self._builder.probe(num_rows)
+            self._compute(tensors, step, is_forced=True)
+        else:
+            assert self.graphs is not None
+            tensors, _ = self._builder.inputs_of_bucket(bucket)
+            self.graphs.replay(bucket, is_forced=True)
+        blocks = [BlockRef(index, 0) for index in range(-(-num_rows // self._block_size))]
+        span = RowSpan(request_id="canary", start=0, num_rows=num_rows, blocks=blocks)
+        pipeline.begin(span.request_id, (), 0)
+        ticket = self._collect([span], len(tensors.positions), 0)
+        assert ticket is not None
+        errors = pipeline.errors(ticket)
         captured = pipeline.host_cache.take(span.request_id, num_rows)
-        pipeline.host_cache.free(span.request_id)
+        pipeline.free(span.request_id)
         if errors:
             raise errors[span.request_id]
         check_canary(spec, expected, captured.ids)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from routing_replay.engine.config import LogprobsMode
-from routing_replay.engine.draws import Draws
 from routing_replay.engine.outputs import Logprob
 from routing_replay.engine.processing import is_processed, largest, process
 from routing_replay.engine.request import Request
@@ -15,7 +14,7 @@ from routing_replay.engine.transfers import HostCopy, to_device
 from routing_replay.errors import ConfigError
 from routing_replay.kernels.sampling import PlainSamples, choose_tokens, log_softmax
 
-__all__ = ["PendingSamples", "SampledToken", "launch_sample", "plain_inputs", "sample", "score"]
+__all__ = ["PendingSamples", "SampledToken", "launch_sample", "plain_inputs", "score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +24,12 @@ class SampledToken:
     Attributes:
         token_id: The token.
         logprobs: The token and its alternatives, if the request asked for logprobs.
+        is_finite: Whether the logits that it was drawn from are numbers.
     """
 
     token_id: int
     logprobs: dict[int, Logprob] | None
+    is_finite: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class PendingSamples:
         scores: Logprobs and ranks where `samples` has none; and alternatives.
         mode: Which distribution logprobs belong to.
         counts: Per row: how many alternatives, None for no logprobs.
+        logits: float32 `[S, V]` that the tokens are drawn from, to tell rows that are not finite where no logprob does.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class PendingSamples:
         scores: _Scores | None,
         mode: LogprobsMode,
         counts: Sequence[int | None],
+        *,
+        logits: Tensor,
     ) -> None:
         self._is_plain = isinstance(samples, PlainSamples)
         self._mode = mode
@@ -76,7 +80,9 @@ class PendingSamples:
             tensors = [samples.packed]
         else:
             self.token_ids = samples
-            tensors = [samples] if scores is None else [samples, scores.logprobs, scores.ranks]
+            tensors = [samples, logits.sum(dim=-1).isfinite()]
+            if scores is not None:
+                tensors += [scores.logprobs, scores.ranks]
         if self._alternatives is not None:
             tensors += [self._alternatives.token_ids, self._alternatives.logprobs]
         self._copy = HostCopy(*tensors)
@@ -89,18 +95,24 @@ class PendingSamples:
             is_raw = self._mode is LogprobsMode.RAW
             logprobs = samples.raw_logprobs if is_raw else samples.logprobs
             ranks = samples.ranks if is_raw else samples.processed_ranks
-            tensors = [samples.token_ids, logprobs, ranks, *tensors[1:]]
+            are_finite = samples.raw_logprobs.isfinite()
+            tensors = [samples.token_ids, are_finite, logprobs, ranks, *tensors[1:]]
         token_ids: list[int] = tensors[0].tolist()
+        finite: list[bool] = tensors[1].tolist()
         if all(count is None for count in self._counts):
-            return [SampledToken(token_id, None) for token_id in token_ids]
-        values: list[float] = tensors[1].tolist()
-        ranks_of: list[int] = tensors[2].tolist()
-        sampled = [
-            SampledToken(token_id, None if count is None else {token_id: Logprob(value, rank)})
+            return [
+                SampledToken(token_id, None, is_finite)
+                for token_id, is_finite in zip(token_ids, finite, strict=True)
+            ]
+        values: list[float] = tensors[2].tolist()
+        ranks_of: list[int] = tensors[3].tolist()
+        entries = [
+            None if count is None else {token_id: Logprob(value, rank)}
             for token_id, value, rank, count in zip(
                 token_ids, values, ranks_of, self._counts, strict=True
             )
         ]
+        sampled = [SampledToken(*item) for item in zip(token_ids, entries, finite, strict=True)]
         if self._alternatives is not None:
             rows = self._alternatives.rows
             self._add(rows, sampled, tensors[-2].tolist(), tensors[-1].tolist())
@@ -182,7 +194,8 @@ def launch_sample(
         samples, scores = own.sample(mode)
         if plain is not None:
             samples = _placed(plain, rows, samples, scores, mode)
-    pending = PendingSamples(samples, scores, mode, [r.params.logprobs for r in requests])
+    counts = [request.params.logprobs for request in requests]
+    pending = PendingSamples(samples, scores, mode, counts, logits=logits)
     for row, request in enumerate(requests):
         if request.token_counts is not None:
             request.token_counts.place(output_index[row], pending.token_ids[row : row + 1])
@@ -244,12 +257,7 @@ def _uniform(request: Request, output_index: int) -> float:
     """The request's number for an output token; none is used up where the most probable token is taken."""
     if request.params.temperature == 0:
         return 0.0
-    draws: Draws | None = getattr(request, "draws", None)
-    if draws is not None:
-        return draws.at(output_index)
-    generator = request.generator
-    number = torch.empty(1, dtype=torch.float64, device=generator.device)
-    return number.uniform_(generator=generator).item()
+    return request.draws.at(output_index)
 
 
 def _scores(
@@ -279,35 +287,14 @@ def _placed(
     mode: LogprobsMode,
 ) -> PlainSamples:
     """Put rows in their places among the plain ones, in a new buffer."""
-    own = PlainSamples(plain.packed.new_zeros((len(rows), 3)))
+    at = to_device(rows, torch.int64, plain.packed.device)
+    own = PlainSamples(plain.packed[at])
     own.token_ids.copy_(token_ids)
     if scores is not None:
         is_raw = mode is LogprobsMode.RAW
         (own.raw_logprobs if is_raw else own.logprobs).copy_(scores.logprobs)
         (own.ranks if is_raw else own.processed_ranks).copy_(scores.ranks)
-    at = to_device(rows, torch.int64, own.packed.device)
     return PlainSamples(plain.packed.index_copy(0, at, own.packed))
-
-
-def sample(
-    logits: Tensor, requests: Sequence[Request], mode: LogprobsMode
-) -> Sequence[SampledToken]:
-    """Sample the next token of each request, and wait for it.
-
-    Args:
-        logits: float32 `[S, vocab_size]`.
-        requests: One per row; their generators advance.
-        mode: Which distribution logprobs belong to.
-
-    Returns:
-        One token per row.
-
-    Runtime: one host sync; a token depends on its request's seed and logits alone.
-    """
-    if not requests:
-        return []
-    output_index = [request.num_output_tokens for request in requests]
-    return launch_sample(logits, None, requests, mode, output_index=output_index).wait()
 
 
 def score(
@@ -329,5 +316,5 @@ def score(
     counts = [num_alternatives] * len(token_ids)
     chosen = to_device(token_ids, torch.int64, logits.device)
     scores = _scores(log_softmax(logits), chosen, counts, rows)
-    pending = PendingSamples(chosen, scores, LogprobsMode.RAW, counts)
+    pending = PendingSamples(chosen, scores, LogprobsMode.RAW, counts, logits=logits)
     return [token.logprobs for token in pending.wait() if token.logprobs is not None]

@@ -12,7 +12,7 @@ from routing_replay.errors import ConfigError
 __all__ = ["Schedule", "ScheduledRequest", "Scheduler"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledRequest:
     """A request's part of a step: tokens `[start, start + num_tokens)`.
 
@@ -20,16 +20,35 @@ class ScheduledRequest:
         request: The request.
         start: Its first token in the step.
         num_tokens: How many.
+        num_samples: Of its last rows, how many a token is sampled from: none, one, or with drafts one more than those.
+        first_output: Which of its generated tokens the first of these is.
+        drafts: Guesses at its next tokens, computed as if it had them.
+        num_preemptions: How often it had been preempted when the step was made.
     """
 
     request: Request
     start: int
     num_tokens: int
+    num_samples: int
+    first_output: int
+    drafts: tuple[int, ...] = ()
+    num_preemptions: int = 0
 
     @property
-    def samples(self) -> bool:
-        """Whether the step computes the request's last token, so that the next one can be sampled."""
-        return self.start + self.num_tokens == len(self.request.token_ids)
+    def end(self) -> int:
+        """One past its last token in the step, drafts left out."""
+        return self.start + self.num_tokens - len(self.drafts)
+
+    @property
+    def input_tokens(self) -> Sequence[int]:
+        """The part's tokens as far as they are known: the last one may still be in flight."""
+        return [*self.request.token_ids[self.start : self.end], *self.drafts]
+
+    @property
+    def still_counts(self) -> bool:
+        """Whether the request has neither ended nor given its blocks back since the step was made."""
+        request = self.request
+        return request.finish_reason is None and request.num_preemptions == self.num_preemptions
 
     @property
     def prompt_logprob_rows(self) -> range:
@@ -73,6 +92,7 @@ class Scheduler:
         self._kv_blocks = kv_blocks
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+        self._free_slots = list(reversed(range(config.engine.max_num_seqs)))
         self.num_preemptions = 0
 
     @property
@@ -127,10 +147,10 @@ class Scheduler:
         self._waiting.append(request)
 
     def schedule(self) -> Schedule:
-        """Choose the next step.
+        """Choose the next step, and count its tokens as computed and its samples as in flight.
 
         Returns:
-            The step; without parts only if no request waits or runs.
+            The step; without parts where no request waits or runs, or all that run only wait for tokens in flight.
         """
         budget = self._config.engine.max_num_batched_tokens
         parts: list[ScheduledRequest] = []
@@ -140,7 +160,7 @@ class Scheduler:
             request = self._running[position]
             count = min(request.num_to_compute - request.num_computed, budget)
             if count and self._make_room(request, request.num_computed + count):
-                parts.append(ScheduledRequest(request, request.num_computed, count))
+                parts.append(_part(request, count))
                 budget -= count
             position += 1
         admitted: list[Request] = []
@@ -148,6 +168,10 @@ class Scheduler:
         if num_preemptions == self.num_preemptions:
             self._admit(parts, admitted, copies, budget)
         parts.sort(key=lambda part: part.num_tokens != 1)
+        # Not earlier: a fork that is admitted now must not take over what this step has yet to compute.
+        for part in parts:
+            part.request.num_computed += part.num_tokens - len(part.drafts)
+            part.request.num_pending += part.num_samples
         return Schedule(parts, admitted, copies)
 
     def retire(self) -> Sequence[Request]:
@@ -159,7 +183,7 @@ class Scheduler:
         finished = [request for request in self._running if request.finish_reason is not None]
         self._running = [request for request in self._running if request.finish_reason is None]
         for request in finished:
-            self._kv_blocks.free(request)
+            self._stop(request)
         return finished
 
     def abort(self, request_id: str) -> Request | None:
@@ -175,7 +199,7 @@ class Scheduler:
             if request.request_id == request_id:
                 request.finish_reason = "abort"
                 (self._running if request in self._running else self._waiting).remove(request)
-                self._kv_blocks.free(request)
+                self._stop(request)
                 return request
         return None
 
@@ -189,14 +213,21 @@ class Scheduler:
         self._running.clear()
         self._waiting.clear()
         for request in dropped:
-            self._kv_blocks.free(request)
+            self._stop(request)
         return dropped
+
+    def _stop(self, request: Request) -> None:
+        """Take back a request's blocks and slot; a step in flight may still write to both, before any later step does."""
+        self._kv_blocks.free(request)
+        if request.slot >= 0:
+            self._free_slots.append(request.slot)
+            request.slot = -1
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Give a running request its blocks; return False if it was itself the one to give way."""
         while not self._kv_blocks.grow(request, num_tokens):
             victim = self._running.pop()
-            self._kv_blocks.free(victim)
+            self._stop(victim)
             victim.num_computed = 0
             victim.num_preemptions += 1
             self.num_preemptions += 1
@@ -222,11 +253,12 @@ class Scheduler:
             if not self._start(request, copies):
                 break
             self._running.append(self._waiting.popleft())
+            request.slot = self._free_slots.pop()
             admitted.append(request)
             if request.num_cached is None:
                 request.num_cached = min(request.num_computed, request.num_prompt_tokens)
             count = min(request.num_to_compute - request.num_computed, budget)
-            parts.append(ScheduledRequest(request, request.num_computed, count))
+            parts.append(_part(request, count))
             budget -= count
         self._waiting.extendleft(reversed(held))
 
@@ -238,3 +270,17 @@ class Scheduler:
         has_room, new_copies = self._kv_blocks.fork(request.parent, request)
         copies.extend(new_copies)
         return has_room
+
+
+def _part(request: Request, count: int) -> ScheduledRequest:
+    """The next tokens of a running request."""
+    start = request.num_computed
+    samples = start + count == request.num_tokens and request.params.max_tokens > 0
+    return ScheduledRequest(
+        request=request,
+        start=start,
+        num_tokens=count,
+        num_samples=int(samples),
+        first_output=request.num_output_tokens,
+        num_preemptions=request.num_preemptions,
+    )

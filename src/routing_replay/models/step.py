@@ -47,7 +47,7 @@ class StepInputs:
     block_tables: Tensor
     spans: tuple[SequenceSpan, ...]
     num_decodes: int
-    decode_mask: Tensor
+    decode_mask: Tensor | None
     query_starts: Tensor | None = None
     context_lens: Tensor | None = None
     max_query_len: int = 0

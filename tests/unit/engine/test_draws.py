@@ -29,11 +29,6 @@ def test_numbers_do_not_depend_on_the_order_of_asking():
     assert Draws(8).at(0) != expected[0]
 
 
-def test_a_generator_can_be_given():
-    generator = torch.Generator().manual_seed(3)
-    assert Draws(generator).at(70) == _one_by_one(3, 71)[70]
-
-
 def test_draws_leave_the_global_generator_alone():
     before = torch.random.get_rng_state()
     Draws(5).at(1000)

@@ -1,8 +1,8 @@
 """Blocks are shared by equal prefixes, and by nothing else."""
 
 import numpy as np
-import torch
 
+from routing_replay.engine.draws import Draws
 from routing_replay.engine.kv_blocks import KVBlocks
 from routing_replay.engine.request import Request
 from routing_replay.engine.sampling_params import SamplingParams
@@ -18,7 +18,7 @@ def _request(
         token_ids=list(tokens),
         num_prompt_tokens=len(tokens),
         params=SamplingParams(max_tokens=max_tokens),
-        generator=torch.Generator(),
+        draws=Draws(0),
         eos_token_ids=(),
         forced_ids=ids,
     )
@@ -27,7 +27,7 @@ def _request(
 def _compute(blocks: KVBlocks, request: Request) -> None:
     assert blocks.admit(request)
     before, request.num_computed = request.num_computed, request.num_prompt_tokens
-    blocks.publish(request, before)
+    blocks.publish(request, before, request.num_computed)
 
 
 def _hits(blocks: KVBlocks, request: Request) -> int:

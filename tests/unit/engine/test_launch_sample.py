@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from _support.sampling import sample
 from routing_replay.engine.config import LogprobsMode
 from routing_replay.engine.draws import Draws
 from routing_replay.engine.penalties import TokenCounts, penalize_rows
 from routing_replay.engine.processing import keep_likely, largest, process
 from routing_replay.engine.request import Request
-from routing_replay.engine.sampler import launch_sample, plain_inputs, sample
+from routing_replay.engine.sampler import launch_sample, plain_inputs
 from routing_replay.engine.sampling_params import SamplingParams
 from routing_replay.errors import ConfigError
 from routing_replay.kernels.sampling import PlainSamples, sample_plain
@@ -37,7 +38,7 @@ def _request(seed: int, settings: dict[str, object]) -> Request:
         token_ids=[1, 2],
         num_prompt_tokens=2,
         params=params,
-        generator=torch.Generator().manual_seed(seed),
+        draws=Draws(seed),
         eos_token_ids=(4,),
     )
     if params.has_penalties:
@@ -119,6 +120,7 @@ def test_rows_of_one_request_are_its_tokens_one_by_one():
     expected = []
     for row in range(4):
         token = sample(logits[row : row + 1], [alone], LogprobsMode.RAW)[0]
+        alone.num_pending += 1
         alone.accept(token.token_id, token.logprobs)
         expected.append(token)
     request = _request(5, settings)

@@ -11,7 +11,7 @@ from _support.tiny_models import VOCAB_SIZE, TinyShape, save_tiny_model
 from routing_replay import LLM, SamplingParams
 from routing_replay.assets import tiny_moe_path
 from routing_replay.engine import EngineConfig
-from routing_replay.engine.runner import StepResult
+from routing_replay.engine.runner import LaunchedStep
 from routing_replay.engine.scheduler import Schedule
 from routing_replay.errors import ConfigError, UnsupportedModelError
 
@@ -113,15 +113,15 @@ def test_one_setting_for_each_prompt(llm: LLM):
 
 
 def test_interrupted_generate_frees_everything(llm: LLM, monkeypatch: pytest.MonkeyPatch):
-    run, calls = llm.core.runner.run, []
+    launch, calls = llm.core.runner.launch, []
 
-    def interrupt(schedule: Schedule, *, weights_version: int) -> StepResult:
+    def interrupt(schedule: Schedule, *, weights_version: int) -> LaunchedStep:
         calls.append(schedule)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return run(schedule, weights_version=weights_version)
+        return launch(schedule, weights_version=weights_version)
 
-    monkeypatch.setattr(llm.core.runner, "run", interrupt)
+    monkeypatch.setattr(llm.core.runner, "launch", interrupt)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[1, 2], [3, 4]], SamplingParams(max_tokens=9))
     monkeypatch.undo()

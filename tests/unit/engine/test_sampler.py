@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from _support.sampling import sample
 from routing_replay.engine.config import LogprobsMode
+from routing_replay.engine.draws import Draws
 from routing_replay.engine.request import Request
-from routing_replay.engine.sampler import sample
 from routing_replay.engine.sampling_params import SamplingParams
 from routing_replay.errors import ConfigError
 
@@ -21,7 +22,7 @@ def _request(seed: int = 0, **settings: float) -> Request:
         token_ids=[1],
         num_prompt_tokens=1,
         params=params,
-        generator=torch.Generator().manual_seed(seed),
+        draws=Draws(seed),
         eos_token_ids=(),
     )
 

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from _support.sampling import sample
 from routing_replay import LLM, SamplingParams
 from routing_replay.assets import tiny_moe_path
 from routing_replay.engine.config import LogprobsMode
+from routing_replay.engine.draws import Draws
 from routing_replay.engine.penalties import TokenCounts
 from routing_replay.engine.request import Request
-from routing_replay.engine.sampler import sample, score
+from routing_replay.engine.sampler import score
 from routing_replay.engine.stop_strings import StopStrings
 from routing_replay.errors import ConfigError
 
@@ -29,7 +31,7 @@ def _request(params: SamplingParams, *, seed: int = 0, eos: tuple[int, ...] = ()
         token_ids=[1, 2],
         num_prompt_tokens=2,
         params=params,
-        generator=torch.Generator().manual_seed(seed),
+        draws=Draws(seed),
         eos_token_ids=eos,
     )
 
@@ -73,6 +75,7 @@ def test_min_tokens_bans_what_would_end_the_output():
     params = SamplingParams(temperature=0.0, min_tokens=1, stop_token_ids=(2,))
     request = _request(params, eos=(1,))
     assert sample(logits, [request], LogprobsMode.RAW)[0].token_id == 3
+    request.num_pending += 1
     request.accept(3, None)
     assert sample(logits, [request], LogprobsMode.RAW)[0].token_id == 1
 

@@ -1,8 +1,7 @@
 """Steps fit their limits, the youngest gives way, and a fork takes the prompt over."""
 
-import torch
-
 from routing_replay.engine.config import EngineConfig, ResolvedConfig
+from routing_replay.engine.draws import Draws
 from routing_replay.engine.kv_blocks import KVBlocks
 from routing_replay.engine.request import Request
 from routing_replay.engine.sampling_params import SamplingParams
@@ -23,7 +22,7 @@ def _request(name: str, length: int, parent: Request | None = None) -> Request:
         token_ids=list(range(1, length + 1)),
         num_prompt_tokens=length,
         params=SamplingParams(max_tokens=20),
-        generator=torch.Generator(),
+        draws=Draws(0),
         eos_token_ids=(),
         parent=parent,
     )
@@ -32,10 +31,9 @@ def _request(name: str, length: int, parent: Request | None = None) -> Request:
 def _run(schedule: Schedule) -> list[tuple[str, int, int]]:
     """Pretend to compute a step; every part that samples gets a token."""
     for part in schedule.parts:
-        samples = part.samples
-        part.request.num_computed = part.start + part.num_tokens
-        if samples:
+        for _ in range(part.num_samples):
             part.request.token_ids.append(7)
+            part.request.num_pending -= 1
     return [(part.request.request_id, part.start, part.num_tokens) for part in schedule.parts]
 
 
@@ -103,7 +101,7 @@ def test_fork_of_a_prompt_that_fills_its_blocks_copies_none():
     scheduler.add(child)
     _run(scheduler.schedule())
     schedule = scheduler.schedule()
-    assert (schedule.copies, child.num_computed) == ([], 8)
+    assert (schedule.copies, schedule.parts[-1].start) == ([], 8)
     assert child.blocks[:2] == parent.blocks[:2]
 
 

@@ -1,0 +1,218 @@
+"""What capture costs on a GPU, and how near the engine comes to the memory's bandwidth, at a real model's sizes.
+
+python benchmarks/engine/gpu_speed.py --out docs/results/engine_gpu.json --commit "$(git rev-parse HEAD)"
+
+The model is Qwen3-30B-A3B's config with random weights, bfloat16. One engine has two runners that share weights, keys and
+values: one captures, the other does not. They take turns, round by round, with fresh prompts; a ratio is formed within
+a round. The floor of a decode step is explained in benchmarks/README.md.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from routing_replay import LLM, SamplingParams
+from routing_replay.engine import EngineConfig
+from routing_replay.engine.graphs import DecodeGraphs
+from routing_replay.engine.runner import ModelRunner
+
+BYTES_PER_SECOND = {"NVIDIA H100 80GB HBM3": 3.106e12, "NVIDIA H200": 4.4e12}
+PROMPT_TOKENS, NEW_TOKENS, LONG_PROMPT = 512, 256, 8192
+MODEL = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "attention_bias": False, "decoder_sparse_step": 1,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+    "max_position_embeddings": 40960, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+    "vocab_size": 151936, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One run of one runner.
+
+    Attributes:
+        seconds: From the first request to the last token.
+        tokens: Generated.
+        step_ms: Median time of a decode step with every request running.
+        host_us_per_token: CPU time of the process for each token.
+    """
+
+    seconds: float
+    tokens: int
+    step_ms: float
+    host_us_per_token: float
+
+
+def make_llm(arguments: argparse.Namespace, folder: Path) -> LLM:
+    """The engine with capture."""
+    model = {**MODEL, **({"num_hidden_layers": arguments.layers} if arguments.layers else {})}
+    (folder / "config.json").write_text(json.dumps(model))
+    most = max(arguments.concurrency)
+    config = EngineConfig(
+        load_format="dummy",
+        enable_prefix_caching=False,
+        max_num_seqs=most,
+        max_num_batched_tokens=arguments.batched_tokens,
+        max_model_len=LONG_PROMPT + 16,
+        cuda_graph_sizes=tuple(arguments.concurrency),
+        gpu_memory_utilization=arguments.memory,
+    )
+    return LLM(folder, device="cuda", enable_return_routed_experts=True, config=config)
+
+
+def without_capture(runner: ModelRunner, sizes: list[int]) -> ModelRunner:
+    """A runner on the same weights, keys and values that captures nothing."""
+    other = copy.copy(runner)
+    other.pipeline = None
+    other.graphs = DecodeGraphs(sizes, other._step_of)
+    with torch.inference_mode():
+        other.graphs.record_all(forced=(False,))
+    return other
+
+
+def run(llm: LLM, runner: ModelRunner, count: int, length: int, new: int, seed: int) -> Turn:
+    """Serve `count` requests at once."""
+    rng = random.Random(seed)
+    core = llm.core
+    core.runner = runner
+    params = SamplingParams(max_tokens=new, seed=seed, ignore_eos=True)
+    requests = [
+        core.make_requests([rng.randrange(MODEL["vocab_size"]) for _ in range(length)], params)[0]
+        for _ in range(count)
+    ]
+    torch.cuda.synchronize()
+    ends: list[float] = []
+    started, cpu = time.perf_counter(), time.process_time()
+    for request in requests:
+        core.scheduler.add(request)
+    num_finished = 0
+    while core.has_work:
+        finished = core.step()
+        num_finished += len(finished)
+        decodes = all(r.num_computed > length for r in requests)
+        if decodes and not num_finished:
+            ends.append(time.perf_counter())
+    torch.cuda.synchronize()
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    steps = [after - before for before, after in itertools.pairwise(ends)]
+    tokens = count * new
+    step_ms = 1e3 * statistics.median(steps) if steps else float("nan")
+    return Turn(seconds, tokens, step_ms, 1e6 * cpu / tokens)
+
+
+def floor_ms(count: int, context: float, bandwidth: float) -> float:
+    """The least time of a decode step: bytes of weights touched, of keys and values read, over the bandwidth."""
+    hidden, size, experts, top_k = 2048, 768, 128, 8
+    layers, heads, kv_heads, dim = int(MODEL["num_hidden_layers"]), 32, 4, 128
+    touched = experts * (1 - (1 - top_k / experts) ** count)
+    per_layer = (
+        touched * 3 * hidden * size + hidden * (2 * heads + 2 * kv_heads) * dim + hidden * experts
+    )
+    weights = 2 * (layers * per_layer + hidden * int(MODEL["vocab_size"]))
+    keys = 2 * layers * count * context * 2 * kv_heads * dim
+    activations = 2 * layers * count * hidden * 8
+    return 1e3 * (weights + keys + activations) / bandwidth
+
+
+def interval(values: list[float]) -> list[float]:
+    """The 95 % bootstrap interval of the mean."""
+    rng = random.Random(0)
+    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(2000))
+    return [round(means[49], 4), round(means[1949], 4)]
+
+
+def compare(llm: LLM, pair: tuple[ModelRunner, ModelRunner], count: int, shape: tuple[int, int], arguments: argparse.Namespace) -> dict[str, object]:  # fmt: skip
+    """Alternate both runners and form ratios round by round."""
+    length, new = shape
+    on, off = pair
+    pipeline = on.pipeline
+    assert pipeline is not None
+    for runner in pair:
+        run(llm, runner, count, length, min(new, 8), 999)
+    before = pipeline.stats
+    turns: dict[str, list[Turn]] = {"on": [], "off": []}
+    for number in range(arguments.rounds):
+        order = [("on", on), ("off", off)]
+        for name, runner in order if number % 2 else reversed(order):
+            turns[name].append(run(llm, runner, count, length, new, number))
+    pipeline.drain()
+    after = pipeline.stats
+    ratios = [b.seconds / a.seconds for a, b in zip(turns["on"], turns["off"], strict=True)]
+    rows = max(1, after.rows - before.rows)
+    record: dict[str, object] = {
+        "requests": count, "prompt_tokens": length, "new_tokens": new, "rounds": arguments.rounds,
+        "on_over_off": round(statistics.fmean(ratios), 4), "interval_95": interval(ratios),
+        "ratios": [round(ratio, 4) for ratio in ratios],
+        "bytes_per_row": round((after.bytes_copied - before.bytes_copied) / rows, 1),
+        "capture_host_us_per_row": round(1e6 * (after.host_seconds - before.host_seconds) / rows, 2),
+        "full_ring_waits": after.full_ring_waits - before.full_ring_waits,
+        "full_ring_seconds": round(after.full_ring_seconds - before.full_ring_seconds, 4),
+    }  # fmt: skip
+    for name, found in turns.items():
+        record[name] = {
+            "tokens_per_second": round(statistics.median(turn.tokens / turn.seconds for turn in found), 1),
+            "seconds": round(statistics.median(turn.seconds for turn in found), 4),
+            "decode_step_ms": round(statistics.median(turn.step_ms for turn in found), 4),
+            "host_us_per_token": round(statistics.median(turn.host_us_per_token for turn in found), 1),
+        }  # fmt: skip
+    if new > 1:
+        bandwidth = BYTES_PER_SECOND[torch.cuda.get_device_name()]
+        least = floor_ms(count, length + new / 2, bandwidth)
+        record["floor_ms"] = round(least, 4)
+        record["share_of_floor"] = round(least / float(record["on"]["decode_step_ms"]), 4)  # pyright: ignore[reportIndexIssue]
+    return record
+
+
+def main() -> None:
+    """Measure everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--concurrency", type=lambda text: [int(n) for n in text.split(",")], default=[1, 32, 128])  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--memory", type=float, default=0.95, help="share of the GPU's memory")
+    parser.add_argument("--batched-tokens", type=int, default=8192)
+    parser.add_argument("--layers", type=int, help="fewer decoder layers, to try the script")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", required=True)
+    arguments = parser.parse_args()
+    if arguments.layers:
+        MODEL["num_hidden_layers"] = arguments.layers
+    started = time.perf_counter()
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        llm = make_llm(arguments, Path(folder))
+    on = llm.core.runner
+    pair = (on, without_capture(on, arguments.concurrency))
+    result: dict[str, object] = {
+        "commit": arguments.commit,
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "attention": "own Triton kernels",
+        "model": MODEL,
+        "kv_blocks": llm.core.kv_blocks.num_blocks,
+        "start_seconds": round(time.perf_counter() - started, 1),
+        "rows": rows,
+    }
+    print(f"ready after {result['start_seconds']} s, {result['kv_blocks']} KV blocks", flush=True)
+    shapes = [(count, (PROMPT_TOKENS, NEW_TOKENS)) for count in arguments.concurrency]
+    shapes += [(1, (LONG_PROMPT, 1)), (4, (LONG_PROMPT, 1))]
+    for count, shape in shapes:
+        rows.append(compare(llm, pair, count, shape, arguments))
+        print(json.dumps(rows[-1]), flush=True)
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

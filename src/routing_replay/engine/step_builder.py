@@ -1,0 +1,245 @@
+"""From a schedule to the inputs of a step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from routing_replay.capture import BlockRef, RowSpan
+from routing_replay.engine.draws import Draws
+from routing_replay.engine.request import Request
+from routing_replay.engine.sampling_params import SamplingParams
+from routing_replay.engine.scheduler import ScheduledRequest
+from routing_replay.engine.step_buffers import StepArrays, StepBuffers, StepSize, StepTensors
+from routing_replay.models import SequenceSpan, StepInputs
+
+__all__ = ["StepBuilder", "row_spans"]
+
+
+def row_spans(parts: Sequence[ScheduledRequest]) -> list[RowSpan]:
+    """Return which rows of a step belong to which request.
+
+    Args:
+        parts: The step, in order.
+
+    Returns:
+        One span for each part.
+    """
+    return [
+        RowSpan(
+            request_id=part.request.request_id,
+            start=part.start,
+            num_rows=part.num_tokens,
+            blocks=part.request.blocks,
+        )
+        for part in parts
+    ]
+
+
+@dataclass(slots=True)
+class _TableRow:
+    """What the host's table holds for a slot: the list of blocks that it was written from, and how many of them."""
+
+    blocks: list[BlockRef] | None = None
+    count: int = 0
+
+
+class StepBuilder:
+    """Fills the inputs of steps; keeps a block table for each slot of a running request.
+
+    Args:
+        max_num_rows: Rows of the largest step.
+        max_num_seqs: Most running requests.
+        max_blocks: Blocks of the longest sequence.
+        block_size: Tokens of a block.
+        device: Where the model runs.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_rows: int,
+        max_num_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self._block_size = block_size
+        self._is_cpu = device.type == "cpu"
+        self._padding_slot = max_num_seqs
+        self.buffers = StepBuffers(
+            StepSize(max_num_rows, max_num_seqs, max_num_rows),
+            max_blocks=max_blocks,
+            num_slots=max_num_seqs + 1,
+            device=device,
+        )
+        self._tables = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self._table_rows = [_TableRow() for _ in range(max_num_seqs)]
+
+    def build(
+        self, parts: Sequence[ScheduledRequest], *, bucket: int | None = None
+    ) -> tuple[StepTensors, StepInputs]:
+        """Fill the inputs of a step and copy them to the device.
+
+        Args:
+            parts: The step, requests with one token first.
+            bucket: Rows, sequences and samples to fill up to, where every part has one row and samples; None adds none.
+
+        Returns:
+            The device's tensors, and what the model is given, but for tokens that are still being sampled.
+
+        Runtime: one asynchronous copy to the device.
+        """
+        num_rows = sum(part.num_tokens for part in parts)
+        num_samples = sum(part.num_samples for part in parts)
+        size = StepSize(num_rows, len(parts), num_samples)
+        if bucket is not None:
+            size = StepSize(bucket, bucket, bucket)
+        arrays = self.buffers.arrays(size)
+        self._fill_rows(arrays, parts)
+        self._fill_samples(arrays, parts)
+        tensors = self.buffers.upload(size)
+        return tensors, self._inputs(arrays, tensors, parts)
+
+    def inputs_of_bucket(self, bucket: int) -> tuple[StepTensors, StepInputs]:
+        """Return a step of padding alone, for a CUDA graph to be recorded with.
+
+        Args:
+            bucket: Rows, sequences and samples.
+
+        Returns:
+            The device's tensors, at the addresses of every step of that bucket, and what the model is given.
+        """
+        return self.build((), bucket=bucket)
+
+    def probe(self, num_rows: int) -> tuple[StepTensors, StepInputs]:
+        """Return a step of token 0 alone, in sequences as long as they may be, for what has to be tried before requests come.
+
+        Args:
+            num_rows: Its tokens, at most those of the largest step.
+
+        Returns:
+            As `build`; keys and values go to the first blocks.
+        """
+        longest = self._tables.shape[1] * self._block_size
+        parts: list[ScheduledRequest] = []
+        for slot, first in enumerate(range(0, num_rows, longest)):
+            count = min(longest, num_rows - first)
+            request = Request(
+                request_id=f"probe-{slot}",
+                prompt=None,
+                token_ids=[0] * count,
+                num_prompt_tokens=count,
+                params=SamplingParams(max_tokens=1, temperature=0.0),
+                draws=Draws(0),
+                eos_token_ids=(),
+                slot=slot,
+                blocks=[BlockRef(index, 0) for index in range(-(-count // self._block_size))],
+            )
+            part = ScheduledRequest(
+                request=request, start=0, num_tokens=count, num_samples=1, first_output=0
+            )
+            parts.append(part)
+        return self.build(parts)
+
+    def _fill_rows(self, arrays: StepArrays, parts: Sequence[ScheduledRequest]) -> None:
+        counts = np.array([part.num_tokens for part in parts], np.int64)
+        starts = np.array([part.start for part in parts], np.int64)
+        num_rows, num_parts = int(counts.sum()), len(parts)
+        ends = np.cumsum(counts)
+        owner = np.repeat(np.arange(num_parts), counts)
+        rows = np.arange(num_rows)
+        positions = rows + np.repeat(starts - (ends - counts), counts)
+        for index, part in enumerate(parts):
+            arrays.block_tables[index] = self._table(part.request)
+        tables = arrays.block_tables
+        size = self._block_size
+        arrays.positions[:num_rows] = positions
+        arrays.slot_mapping[:num_rows] = tables[owner, positions // size] * np.int64(size) + positions % size  # fmt: skip
+        arrays.query_starts[0] = 0
+        arrays.query_starts[1 : num_parts + 1] = ends
+        arrays.context_lens[:num_parts] = starts + counts
+        self._fill_tokens(arrays, parts)
+        # Padding: a token that goes nowhere, in sequences of one row that attend to nothing.
+        for array, value in ((arrays.positions, 0), (arrays.slot_mapping, -1), (arrays.given_tokens, 0)):  # fmt: skip
+            array[num_rows:] = value
+        arrays.token_source[num_rows:] = self.buffers.first_given + np.arange(num_rows, len(arrays.token_source))  # fmt: skip
+        arrays.block_tables[num_parts:] = 0
+        arrays.query_starts[num_parts + 1 :] = num_rows + np.arange(1, len(arrays.query_starts) - num_parts)  # fmt: skip
+        arrays.context_lens[num_parts:] = 0
+
+    def _fill_tokens(self, arrays: StepArrays, parts: Sequence[ScheduledRequest]) -> None:
+        """Tokens that are known are given; one that is still being sampled is read from its slot."""
+        first = 0
+        for part in parts:
+            end = first + part.num_tokens
+            known = part.input_tokens
+            arrays.given_tokens[first : first + len(known)] = known
+            arrays.token_source[first:end] = self.buffers.first_given + np.arange(first, end)
+            if len(known) < part.num_tokens:
+                arrays.given_tokens[end - 1] = 0
+                arrays.token_source[end - 1] = part.request.slot
+            first = end
+
+    def _fill_samples(self, arrays: StepArrays, parts: Sequence[ScheduledRequest]) -> None:
+        first, at = 0, 0
+        for part in parts:
+            end = first + part.num_tokens
+            params = part.request.params
+            for index in range(part.num_samples):
+                arrays.sample_rows[at] = end - part.num_samples + index
+                arrays.sample_slots[at] = part.request.slot
+                arrays.temperature[at] = params.temperature
+                arrays.uniform[at] = 0.0 if params.temperature == 0 else part.request.draws.at(part.first_output + index)  # fmt: skip
+                at += 1
+            first = end
+        arrays.sample_rows[at:] = np.arange(at, len(arrays.sample_rows))
+        arrays.sample_slots[at:] = self._padding_slot
+        arrays.temperature[at:] = 0.0
+        arrays.uniform[at:] = 0.0
+
+    def _table(self, request: Request) -> NDArray[np.int32]:
+        """The block table of a running request; only blocks that are new to it are written."""
+        row, state = self._tables[request.slot], self._table_rows[request.slot]
+        if state.blocks is not request.blocks:  # a request is given a new list whenever it starts
+            state.blocks, state.count = request.blocks, 0
+        for index in range(state.count, len(request.blocks)):
+            row[index] = request.blocks[index].block_id
+        state.count = len(request.blocks)
+        return row
+
+    def _inputs(
+        self, arrays: StepArrays, tensors: StepTensors, parts: Sequence[ScheduledRequest]
+    ) -> StepInputs:
+        ends = arrays.query_starts[1:]
+        spans = tuple(
+            SequenceSpan(
+                first_row=int(end) - part.num_tokens,
+                num_tokens=part.num_tokens,
+                context_len=part.start + part.num_tokens,
+            )
+            for part, end in zip(parts, ends, strict=False)
+        )
+        num_decodes = sum(part.num_tokens == 1 for part in parts)
+        block_tables, decode_mask = tensors.block_tables, None
+        query_starts, context_lens = tensors.query_starts, tensors.context_lens
+        if self._is_cpu:
+            query_starts = context_lens = None
+            widest = max(-(-span.context_len // self._block_size) for span in spans)
+            block_tables = block_tables[:, :widest].long()
+            mask = np.arange(widest * self._block_size) < arrays.context_lens[:num_decodes, None]
+            decode_mask = torch.from_numpy(mask[:, None, None, :])
+        return StepInputs(
+            token_ids=tensors.given_tokens,
+            positions=tensors.positions,
+            slot_mapping=tensors.slot_mapping,
+            block_tables=block_tables,
+            spans=spans,
+            num_decodes=num_decodes,
+            decode_mask=decode_mask,
+            query_starts=query_starts,
+            context_lens=context_lens,
+            max_query_len=max((part.num_tokens for part in parts), default=1),
+        )
