@@ -100,6 +100,9 @@ def run(llm: LLM, runner: ModelRunner, count: int, length: int, new: int, seed: 
     num_finished = 0
     while core.has_work:
         finished = core.step()
+        failed = next((item.request.error for item in finished if item.request.error), None)
+        if failed is not None:
+            raise failed
         num_finished += len(finished)
         decodes = all(r.num_computed > length for r in requests)
         if decodes and not num_finished:
