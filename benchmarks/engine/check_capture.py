@@ -4,6 +4,7 @@ python benchmarks/engine/check_capture.py --out capture.json --commit "$(git rev
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -443,6 +444,36 @@ def check_gather() -> list[dict[str, object]]:
     return results
 
 
+def check_gather_sizes() -> dict[str, object]:
+    """Compare the step's gather with the reference on models of other depths and top-k: a tile of another shape each."""
+    sizes = list(itertools.product((2, 3, 6, 8, 48), (2, 8, 10), (1, 255, 257, 512)))
+    for layers, top_k, live in sizes:
+        bucket = live + 3
+        cache = torch.rand(layers, 600, 64, device=DEVICE).argsort(-1)[..., :top_k].short()
+        bad = torch.randint(-2, 65, cache.shape, device=DEVICE).short()
+        cache[:, 1:bucket:3] = bad[:, 1:bucket:3]
+        found: list[tuple[torch.Tensor, ...]] = []
+        for is_kernel in (True, False):
+            own = cache.contiguous().clone()
+            rows = torch.full((600, layers, top_k), 77, dtype=torch.uint8, device=DEVICE)
+            flags = torch.full((605,), 77, dtype=torch.uint8, device=DEVICE)[5:]
+            if is_kernel:
+                gather_step(
+                    own,
+                    num_rows=live,
+                    num_reset=bucket,
+                    rows_out=rows,
+                    flags_out=flags,
+                    num_experts=64,
+                )
+            else:
+                gather_rows_reference(own, slice(live), rows, flags, bucket, 64)
+            found.append((own, rows, flags))
+        for kernel, reference in zip(*found, strict=True):
+            assert torch.equal(kernel, reference), (layers, top_k, live)
+    return {"sizes_equal": len(sizes)}
+
+
 def check_replay_buffer(num_steps: int) -> dict[str, object]:
     """Fill the replay buffer before every graph replay and compare what each graph saw."""
     count = 512
@@ -490,6 +521,7 @@ def main() -> None:
     torch.manual_seed(0)
     checks: dict[str, Callable[[], object]] = {
         "gather": check_gather,
+        "gather_sizes": check_gather_sizes,
         "exact": lambda: check_exact(arguments.steps),
         "slow_host": lambda: check_slow_host(300),
         "streams": lambda: check_streams(300),

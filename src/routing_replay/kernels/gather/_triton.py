@@ -63,7 +63,8 @@ def _gather_rows_kernel(
         for earlier in tl.static_range(TOP_K - 1):
             other = tl.sum(tl.where(column == earlier, ids, 0), axis=2, keep_dims=True)
             fault |= (is_id & (column > earlier) & (ids == other) & (ids != -1)) * 4
-        flags = tl.reduce(fault.reshape(BLOCK_ROWS, LAYERS_POW2 * TOP_K_POW2), 1, _either)
+        # Axis by axis: Triton 3.6 reduced some small tiles wrongly after they were reshaped to one axis.
+        flags = tl.reduce(tl.reduce(fault, 2, _either), 1, _either)
         target = (row.to(tl.int64)[:, None] * NUM_LAYERS + layer[None, :])[:, :, None]
         target = target * TOP_K + column
         if NARROW:
