@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from math import inf, nan
 from pathlib import Path
@@ -251,6 +252,29 @@ class EagerTimer:
         return Eager(calls, 100.0 * self.captured)
 
 
+class GraphLike(Eager):
+    """Holds on to calls as little as a CUDA graph does: what they own must be kept alive by others until it is timed."""
+
+    def __init__(self, calls: Sequence[Callable[[], Tensor]]) -> None:
+        super().__init__(calls, 100.0)
+        self._alive = [weakref.ref(call) for call in calls]
+        self._calls = ()
+
+    def replay(self) -> None:
+        assert all(call() is not None for call in self._alive)
+        for output, call in zip(self.outputs, self._alive, strict=True):
+            output.copy_(call()())
+
+    def times(self, count: int) -> list[float]:
+        assert all(call() is not None for call in self._alive), "timed after its tensors were freed"
+        return [100.0] * count
+
+
+class GraphLikeTimer:
+    def capture(self, calls: Sequence[Callable[[], Tensor]]) -> GraphLike:
+        return GraphLike(calls)
+
+
 class Faulty:
     """An entrant that is right until it is told otherwise."""
 
@@ -288,6 +312,16 @@ class Faulty:
             return output
 
         return LayerCall(run=run, recorded=recorded)
+
+
+def test_tensors_of_an_entrant_live_until_it_is_timed():
+    weights = [layer_weights(TINY_PARTIAL, index, "cpu") for index in range(TINY_PARTIAL.copies)]
+    case = Case(shape=TINY_PARTIAL, num_tokens=5, weights=weights)
+    peers = [Ours(is_recording=is_recording, backend="reference") for is_recording in (False, True)]
+    rows: list[str] = []
+    options = Options(device="cpu", rounds=2, runs=3)
+    compare(case, peers, GraphLikeTimer(), options, lambda kind, **_: rows.append(kind))
+    assert rows.count("layer") == 2
 
 
 def compared(shape: LayerShape, peers: list[object], **options: object) -> list[dict[str, object]]:

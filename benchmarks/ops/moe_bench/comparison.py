@@ -88,8 +88,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entrant:
+    """A peer that is timed; `calls` own tensors that the recorded kernels read, and must live as long as they run."""
+
     peer: Peer
     configuration: Configuration
+    calls: Sequence[LayerCall]
     captured: Captured
     error: float
 
@@ -188,7 +191,7 @@ def _entered(
     if not error < LARGEST_ERROR:
         tell("wrong", peer, reason=f"relative L2 {error:.3g}, at most {LARGEST_ERROR}", configuration=configuration.label)  # fmt: skip
         return None
-    return _Entrant(peer=peer, configuration=configuration, captured=captured, error=error)
+    return _Entrant(peer=peer, configuration=configuration, calls=calls, captured=captured, error=error)  # fmt: skip
 
 
 def _fastest(
