@@ -115,6 +115,34 @@ def run(llm: LLM, runner: ModelRunner, count: int, length: int, new: int, seed: 
     return Turn(seconds, tokens, step_ms, 1e6 * cpu / tokens)
 
 
+def kernel_times(llm: LLM, runner: ModelRunner, count: int) -> dict[str, object]:
+    """Where a decode step's time goes: microseconds of a step by kernel, the largest first, and of all of them."""
+    core, steps = llm.core, 4
+    core.runner = runner
+    rng = random.Random(77)
+    params = SamplingParams(max_tokens=NEW_TOKENS, seed=0, ignore_eos=True)
+    requests = [
+        core.make_requests([rng.randrange(MODEL["vocab_size"]) for _ in range(PROMPT_TOKENS)], params)[0]
+        for _ in range(count)
+    ]  # fmt: skip
+    for request in requests:
+        core.scheduler.add(request)
+    while any(request.num_computed <= PROMPT_TOKENS for request in requests):
+        core.step()
+    core.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            core.step()
+        torch.cuda.synchronize()
+    for request in requests:
+        core.abort(request.request_id)
+    found = sorted(profile.key_averages(), key=lambda item: -item.device_time_total)
+    return {
+        "kernels_us": round(sum(item.device_time_total for item in found) / steps, 1),
+        "largest": {item.key[:90]: [round(item.device_time_total / steps, 1), item.count // steps] for item in found[:14]},
+    }  # fmt: skip
+
+
 def floor_ms(count: int, context: float, bandwidth: float) -> float:
     """The least time of a decode step: bytes of weights touched, of keys and values read, over the bandwidth."""
     hidden, size, experts, top_k = 2048, 768, 128, 8
@@ -174,6 +202,7 @@ def compare(llm: LLM, pair: tuple[ModelRunner, ModelRunner], count: int, shape: 
         bandwidth = BYTES_PER_SECOND[torch.cuda.get_device_name()]
         least = floor_ms(count, length + new / 2, bandwidth)
         record["floor_ms"] = round(least, 4)
+        record["decode_step"] = kernel_times(llm, on, count)
         record["share_of_floor"] = round(least / float(record["on"]["decode_step_ms"]), 4)  # pyright: ignore[reportIndexIssue]
     return record
 
