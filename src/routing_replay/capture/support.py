@@ -13,6 +13,7 @@ SUPPORTED = frozenset(
         "batch_invariant",
         "chunked_prefill",
         "forced_routing",
+        "ngram_speculation",
         "parallel_sampling",
         "preemption_by_recompute",
         "prefix_caching",

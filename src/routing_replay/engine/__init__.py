@@ -7,6 +7,7 @@ from routing_replay.engine.intake import Forcing
 from routing_replay.engine.llm import LLM, Prompt
 from routing_replay.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from routing_replay.engine.sampling_params import SamplingParams
+from routing_replay.engine.speculation import SpeculativeConfig
 from routing_replay.engine.tokenizer import ModelTokenizer, load_tokenizer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Prompt",
     "RequestOutput",
     "SamplingParams",
+    "SpeculativeConfig",
     "load_tokenizer",
     "usable_device",
 ]

@@ -1,9 +1,11 @@
 """The engine's configuration, and the pure function that resolves what was left open."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from routing_replay.capture import UncachedPrefix
+from routing_replay.engine.speculation import SpeculativeConfig
 from routing_replay.errors import ConfigError
 from routing_replay.models import MoEModelConfig
 
@@ -49,7 +51,10 @@ class EngineConfig:
         cuda_graph_sizes: Numbers of decoding requests that graphs are recorded for, ascending; None: 1, 2, 4, and on in
             steps of 8 and 16 up to `max_num_seqs`. Larger steps run without a graph.
         async_scheduling: Make and launch a step before the tokens of the one ahead of it are known on the host; None does so
-            on a GPU.
+            on a GPU, but not with `speculative_config`: drafts continue tokens that the host knows.
+        speculative_config: Draft tokens and compute several of a request in one step; a mapping has the names of
+            `SpeculativeConfig`. Tokens and routing are those of an engine without it. On a GPU a step in which any request
+            has a draft runs without a graph.
     """
 
     enable_return_routed_experts: bool = False
@@ -69,6 +74,13 @@ class EngineConfig:
     enforce_eager: bool = False
     cuda_graph_sizes: tuple[int, ...] | None = None
     async_scheduling: bool | None = None
+    speculative_config: SpeculativeConfig | Mapping[str, object] | None = None
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """`speculative_config`, read."""
+        given = self.speculative_config
+        return None if given is None else SpeculativeConfig.of(given)
 
     def __post_init__(self) -> None:
         """Check each number by itself."""
@@ -91,6 +103,11 @@ class EngineConfig:
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization}; accepted is a share above 0 and up to 1"
+            )
+        if self.speculation is not None and self.async_scheduling:
+            raise ConfigError(
+                "async_scheduling=True with a speculative_config; a draft continues tokens that the host knows, so that no "
+                "step can be made ahead of them: leave async_scheduling out, or speculation"
             )
         if self.load_format not in _LOAD_FORMATS:
             raise ConfigError(
@@ -121,6 +138,8 @@ def capture_features(config: EngineConfig) -> frozenset[str]:
     chosen = {name for name in ("batch_invariant", "async_scheduling") if getattr(config, name)}
     if config.enable_prefix_caching:
         chosen.add("prefix_caching")
+    if config.speculation is not None:
+        chosen.add(f"{config.speculation.method}_speculation")
     return frozenset(always | chosen)
 
 
@@ -180,7 +199,7 @@ def resolve_config(
         )
     is_async = config.async_scheduling
     if is_async is None:
-        is_async = device_type == "cuda"
+        is_async = device_type == "cuda" and config.speculation is None
     engine = replace(
         config, max_model_len=max_model_len, num_kv_blocks=blocks, async_scheduling=is_async
     )

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from routing_replay.engine.accepting import accept_samples
 from routing_replay.engine.config import EngineConfig, resolve_config
+from routing_replay.engine.drafting import drafter_of
 from routing_replay.engine.intake import Forcing, Intake
 from routing_replay.engine.kv_blocks import KVBlocks
 from routing_replay.engine.memory import kv_cache_bytes
@@ -42,6 +44,11 @@ class EngineCore:
     With `async_scheduling`, a step is launched before the results of the one ahead of it are looked at: its requests go on
     as if none had ended. What a request that had ended computes so is never returned, and its blocks and its slot are
     given to others only in later steps, which run after it.
+
+    With `speculative_config`, a decoding request has drafts in a step: guesses at its next tokens, computed as if it had
+    them. The model's own token is sampled at each of them, with the number of that output token, and those up to the first
+    that differs are kept: what the engine would have sampled one by one. Keys, values and rows past them are of no request:
+    the next step writes over them, and no block that holds them is offered. Such an engine never overlaps steps.
 
     Args:
         folder: A Hugging Face Qwen3-MoE folder.
@@ -86,7 +93,7 @@ class EngineCore:
             enable_prefix_caching=config.enable_prefix_caching,
             num_usable=None if pipeline is None else pipeline.num_usable_blocks,
         )
-        self.scheduler = Scheduler(self.config, self.kv_blocks)
+        self.scheduler = Scheduler(self.config, self.kv_blocks, drafter_of(config))
         self.weights_version = 0
         self._intake = Intake(
             model.config,
@@ -289,18 +296,14 @@ class EngineCore:
             error = errors.get(request.request_id)
             if error is not None and request.finish_reason is None:
                 request.fail(error)
-            if part.still_counts:
-                self.kv_blocks.publish(request, part.start, part.end)
+            still_counts = part.still_counts
             if request.params.max_tokens == 0 and part.end == request.num_to_compute:
                 request.finish_reason = request.finish_reason or "length"
-            for _ in range(part.num_samples):
-                token = next(sampled)
-                if request.finish_reason is not None:
-                    request.num_pending -= 1
-                elif token.is_finite:
-                    request.accept(token.token_id, token.logprobs)
-                else:
-                    request.fail(_poisoned(request, part.end - 1))
+            end = accept_samples(part, [next(sampled) for _ in range(part.num_samples)])
+            if pipeline is not None and end < part.start + part.num_tokens:
+                pipeline.truncate(request.request_id, end)
+            if still_counts and request.error is None:
+                self.kv_blocks.publish(request, part.start, end)
 
     def _retire(self) -> list[FinishedRequest]:
         return [self._finish(request) for request in self.scheduler.retire()]
@@ -360,10 +363,3 @@ class EngineCore:
             self._settle(launched)
         for request in dropped:
             self._forget(request)
-
-
-def _poisoned(request: Request, position: int) -> StepError:
-    return StepError(
-        f"request {request.request_id!r}: the logits after token index {position} are not finite; the weights hold NaN or "
-        "infinity, or a kernel failed: check the weights, and run again with enforce_eager=True"
-    )

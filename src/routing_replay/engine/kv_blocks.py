@@ -129,6 +129,11 @@ class KVBlocks:
         request.blocks.extend(self._take_free() for _ in range(num_new))
         return True
 
+    def num_places(self, request: Request, *, with_free: bool) -> int:
+        """Return how many tokens have a place in a running request's blocks, or could have with every free block."""
+        num_blocks = len(request.blocks) + (self.num_free if with_free else 0)
+        return num_blocks * self.block_size
+
     def publish(self, request: Request, start: int, end: int) -> None:
         """Offer the blocks that a step has filled to later requests.
 

@@ -245,6 +245,8 @@ class LLM:
             outputs=tuple(self._completion(item) for item in finished),
             num_cached_tokens=request.num_cached or 0,
             num_preemptions=sum(item.request.num_preemptions for item in finished),
+            num_draft_tokens=sum(item.request.num_draft_tokens for item in finished),
+            num_accepted_tokens=sum(item.request.num_accepted_tokens for item in finished),
             prompt_logprobs=prompt_logprobs,
         )
 

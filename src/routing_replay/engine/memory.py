@@ -73,7 +73,12 @@ def _peak_bytes(config: EngineConfig, model: Qwen3MoEModel, device: torch.device
     before = torch.cuda.memory_allocated(device)
     _, step = builder.probe(num_rows)
     hidden_states = model(step, kv_cache, RoutingBuffers(device_cache=caches[0]))
-    model.compute_logits(hidden_states[: config.max_num_seqs])
+    speculation = config.speculation
+    num_samples = config.max_num_seqs * (
+        1 + (speculation.num_speculative_tokens if speculation else 0)
+    )
+    num_samples = min(num_samples, num_rows)
+    model.compute_logits(hidden_states[:num_samples])
     torch.cuda.synchronize(device)
     step_bytes = torch.cuda.max_memory_allocated(device) - before
     del hidden_states, step, kv_cache, builder, caches
@@ -82,5 +87,5 @@ def _peak_bytes(config: EngineConfig, model: Qwen3MoEModel, device: torch.device
     free, total = torch.cuda.mem_get_info(device)
     # The device cache and the replay buffer of the engine, and the sampler's copies of the logits.
     rows_bytes = 2 * 2 * model_config.routing_spec.num_moe_layers * num_rows * model_config.top_k
-    sampled_bytes = 3 * 4 * config.max_num_seqs * model_config.vocab_size
+    sampled_bytes = 3 * 4 * num_samples * model_config.vocab_size
     return total - free + step_bytes + rows_bytes + sampled_bytes

@@ -79,6 +79,9 @@ class RequestOutput:
         finished: Always True for `LLM.generate`.
         num_cached_tokens: Prompt tokens whose KV blocks and routing rows came from the prefix cache.
         num_preemptions: How often its completions gave their KV blocks back and were computed again.
+        num_draft_tokens: Drafts that its completions had computed; 0 without speculation. Names as in vLLM's
+            `SpecDecodingStats`.
+        num_accepted_tokens: Those of them that are among the completions' tokens.
         prompt_logprobs: Per prompt token: the token and the alternatives asked for; None for the first token, and
             None as a whole where none were asked for.
     """
@@ -90,4 +93,6 @@ class RequestOutput:
     finished: bool = True
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None

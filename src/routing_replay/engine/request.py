@@ -11,6 +11,7 @@ from routing_replay.engine.draws import Draws
 from routing_replay.engine.outputs import Logprob
 from routing_replay.engine.penalties import TokenCounts
 from routing_replay.engine.sampling_params import SamplingParams
+from routing_replay.engine.speculation import PromptLookup
 from routing_replay.engine.stop_strings import StopStrings
 from routing_replay.errors import RoutingReplayError
 
@@ -40,6 +41,9 @@ class Request:
         slot: Its place among the running requests, -1 while it waits.
         num_cached: Prompt tokens that the prefix cache, or a fork, gave it at first.
         num_preemptions: How often it had to give its blocks back.
+        lookup: Finds its drafts, once it had to; None before, and where its engine does not speculate by lookup.
+        num_draft_tokens: Drafts that steps have computed for it.
+        num_accepted_tokens: Those of them that are among its tokens.
         blocks: Its KV blocks in token order.
         block_hashes: Chained hashes of its first full blocks.
         logprobs: Per generated token.
@@ -66,6 +70,9 @@ class Request:
     slot: int = -1
     num_cached: int | None = None
     num_preemptions: int = 0
+    lookup: PromptLookup | None = None
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     blocks: list[BlockRef] = field(default_factory=list[BlockRef])
     block_hashes: list[bytes] = field(default_factory=list[bytes])
     logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
@@ -127,14 +134,6 @@ class Request:
         is_scored = len(self.prompt_logprobs) >= self.num_prompt_tokens - 1
         return self.params.prompt_logprobs is not None and not is_scored
 
-    @property
-    def banned_token_ids(self) -> Sequence[int]:
-        """Tokens that may not be sampled yet, because they would end it before `min_tokens`."""
-        if self.num_output_tokens >= self.params.min_tokens:
-            return ()
-        eos = () if self.params.ignore_eos else self.eos_token_ids
-        return (*eos, *self.params.stop_token_ids)
-
     def forced_bytes(self, start: int, stop: int) -> bytes:
         """Return the forced experts of tokens `[start, stop)`: part of what their KV depends on."""
         if self.forced_ids is None:
@@ -149,7 +148,8 @@ class Request:
         self.num_pending -= 1
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        is_long_enough = self.num_output_tokens >= self.params.min_tokens
+        # Tokens still in flight are not part of its length: they may never come to be.
+        is_long_enough = len(self.token_ids) - self.num_prompt_tokens >= self.params.min_tokens
         found = None
         if self.stop_strings is not None:
             found = self.stop_strings.add(token_id, may_stop=is_long_enough)

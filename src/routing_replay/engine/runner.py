@@ -26,6 +26,7 @@ from routing_replay.engine.sampler import PendingSamples, launch_sample, score
 from routing_replay.engine.scheduler import Schedule, ScheduledRequest
 from routing_replay.engine.step_buffers import StepTensors
 from routing_replay.engine.step_builder import StepBuilder, row_spans
+from routing_replay.engine.transfers import to_device
 from routing_replay.kernels import MISSING_ID
 from routing_replay.kernels.sampling import PlainSamples, sample_plain
 from routing_replay.models import Qwen3MoEModel, RoutingBuffers, SequenceSpan, StepInputs
@@ -208,6 +209,12 @@ class ModelRunner:
         if not count:
             return None
         plain = None if computed.plain is None else PlainSamples(computed.plain.packed[:count])
+        for part in parts:
+            counts = part.request.token_counts
+            if counts is not None and part.drafts:
+                # What follows a draft is penalized for it.
+                drafts = to_device(part.drafts, torch.int64, self._device)
+                counts.place(part.first_output, drafts)
         samples = launch_sample(
             computed.logits[:count],
             plain,

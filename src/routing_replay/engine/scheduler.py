@@ -1,8 +1,8 @@
 """Which tokens of which requests the next step computes."""
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from routing_replay.engine.config import ResolvedConfig
 from routing_replay.engine.kv_blocks import BlockCopy, KVBlocks
@@ -82,14 +82,27 @@ class Scheduler:
     Where the KV cache runs out, the request that was admitted last gives its blocks back and waits to be computed
     again; what it has sampled stays.
 
+    Requests that decode get drafts as far as a step has room when all else has its place, and never beyond what they may
+    reach: in the step nobody waits or gives way for a draft.
+
     Args:
         config: Limits of a step.
         kv_blocks: The KV cache's blocks.
+        drafts_of: Returns guesses at a request's next tokens, at most as many as it is told; None drafts nothing. With it,
+            a step may only be made when the one before has settled.
     """
 
-    def __init__(self, config: ResolvedConfig, kv_blocks: KVBlocks) -> None:
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        kv_blocks: KVBlocks,
+        drafts_of: Callable[[Request, int], Sequence[int]] | None = None,
+    ) -> None:
         self._config = config
         self._kv_blocks = kv_blocks
+        self._drafts_of = drafts_of
+        speculation = config.engine.speculation
+        self._max_drafts = 0 if speculation is None else speculation.num_speculative_tokens
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._free_slots = list(reversed(range(config.engine.max_num_seqs)))
@@ -166,7 +179,9 @@ class Scheduler:
         admitted: list[Request] = []
         copies: list[BlockCopy] = []
         if num_preemptions == self.num_preemptions:
-            self._admit(parts, admitted, copies, budget)
+            budget = self._admit(parts, admitted, copies, budget)
+        if self._drafts_of is not None:
+            parts = self._with_drafts(parts, self._drafts_of, budget)
         parts.sort(key=lambda part: part.num_tokens != 1)
         # Not earlier: a fork that is admitted now must not take over what this step has yet to compute.
         for part in parts:
@@ -242,8 +257,11 @@ class Scheduler:
         admitted: list[Request],
         copies: list[BlockCopy],
         budget: int,
-    ) -> None:
-        """Start waiting requests in order; only those that wait for their parent's prompt are passed over."""
+    ) -> int:
+        """Start waiting requests in order; only those that wait for their parent's prompt are passed over.
+
+        Returns what is left of the budget.
+        """
         held: list[Request] = []
         while self._waiting and budget and len(self._running) < self._config.engine.max_num_seqs:
             request = self._waiting[0]
@@ -261,6 +279,38 @@ class Scheduler:
             parts.append(_part(request, count))
             budget -= count
         self._waiting.extendleft(reversed(held))
+        return budget
+
+    def _with_drafts(
+        self,
+        parts: Sequence[ScheduledRequest],
+        drafts_of: Callable[[Request, int], Sequence[int]],
+        budget: int,
+    ) -> list[ScheduledRequest]:
+        """Give decoding requests drafts: of the budget and the blocks that nothing else has taken."""
+        # A request that waits although it could have a slot lacks blocks: those are not for guesses then.
+        has_blocks = not (self._waiting and self._free_slots)
+        drafted: list[ScheduledRequest] = []
+        for part in parts:
+            most = 0
+            if part.num_tokens == part.num_samples == 1:
+                most = min(budget, self._most_drafts(part, has_blocks=has_blocks))
+            drafts = tuple(drafts_of(part.request, most))[:most] if most > 0 else ()
+            if drafts:
+                self._kv_blocks.grow(part.request, part.end + len(drafts))
+                budget -= len(drafts)
+                count = 1 + len(drafts)
+                drafted.append(replace(part, drafts=drafts, num_tokens=count, num_samples=count))
+            else:
+                drafted.append(part)
+        return drafted
+
+    def _most_drafts(self, part: ScheduledRequest, *, has_blocks: bool) -> int:
+        """How many drafts of a decoding request have a place, and could become tokens that it may have."""
+        request = part.request
+        places = self._kv_blocks.num_places(request, with_free=has_blocks)
+        # The last token that it can reach is never an input.
+        return min(self._max_drafts, request.max_len - 1 - part.end, places - part.end)
 
     def _start(self, request: Request, copies: list[BlockCopy]) -> bool:
         """Give a waiting request its blocks, those of its parent's prompt if it can take them over."""

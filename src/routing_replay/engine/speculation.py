@@ -84,6 +84,11 @@ class PromptLookup:
         self._tokens = np.empty(2 * len(token_ids) + 64, np.int32)
         self.extend(token_ids)
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has."""
+        return self._num_tokens
+
     def extend(self, token_ids: Sequence[int]) -> None:
         """Append accepted tokens."""
         end = self._num_tokens + len(token_ids)

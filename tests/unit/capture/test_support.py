@@ -31,7 +31,10 @@ def test_every_engine_configuration_is_made_of_known_features():
     for config in (
         EngineConfig(),
         EngineConfig(enable_prefix_caching=False, batch_invariant=True),
+        EngineConfig(speculative_config={"method": "ngram"}),
     ):
         check_capture_support(capture_features(config))
     assert "prefix_caching" not in capture_features(EngineConfig(enable_prefix_caching=False))
     assert "batch_invariant" in capture_features(EngineConfig(batch_invariant=True))
+    speculating = EngineConfig(speculative_config={"method": "ngram"})
+    assert capture_features(speculating) - capture_features(EngineConfig()) == {"ngram_speculation"}
