@@ -39,7 +39,7 @@ class HostCache:
     A prefix hit takes the rows of exactly the blocks that it attends to. A request owns copies, so that two requests
     which computed the same prefix keep their own rows, and rows die with their block.
 
-    One thread writes at a time. Another may meanwhile ask `holds`, `count_held`, `is_running` and `num_rows`, and
+    One thread writes at a time. Another may meanwhile ask `held_rows`, `count_held`, `is_running` and `num_rows`, and
     `take` rows that are here.
 
     Args:
@@ -53,15 +53,8 @@ class HostCache:
         self._dtype = np.dtype(np.uint8 if spec.num_experts <= 255 else np.int16)
         self.block_size = block_size
         self._requests: dict[str, GrowingRows] = {}
-        # np.empty is lazily backed: memory is taken as blocks are first written.
-        self._block_ids = np.empty((num_blocks, block_size, *self._row_shape), self._dtype)
-        # The same memory with a row as one item: a step's rows are then placed by one copy each.
-        self._packed = self._block_ids.reshape(num_blocks * block_size, -1).view(
-            np.dtype((np.void, spec.row_bytes))
-        )[:, 0]
-        self._block_valid = np.zeros((num_blocks, block_size), np.bool_)
-        self._block_version = np.zeros((num_blocks, block_size), np.int64)
-        self._block_epoch = np.full(num_blocks, -1, np.int64)
+        self._row_bytes = spec.row_bytes
+        self._make_blocks(num_blocks)
 
     @property
     def num_requests(self) -> int:
@@ -77,10 +70,6 @@ class HostCache:
         """Return which rows of this life of a block are here; bool `[block_size]`, a copy."""
         is_current = self._block_epoch[block.block_id] == block.epoch
         return self._block_valid[block.block_id] & is_current
-
-    def holds(self, block: BlockRef) -> bool:
-        """Return whether every row of a full block is here, for this life of the block."""
-        return bool(self.held_rows(block).all())
 
     def count_held(self, prefix: Sequence[BlockRef]) -> int:
         """Return how many leading blocks of a prefix are here with every row.
@@ -265,6 +254,22 @@ class HostCache:
             request_id: The request.
         """
         self._requests.pop(request_id, None)
+
+    def forget_blocks(self) -> None:
+        """Forget the rows of all blocks and give their memory back; those of requests stay."""
+        self._make_blocks(len(self._block_epoch))
+
+    def _make_blocks(self, num_blocks: int) -> None:
+        size = self.block_size
+        # np.empty is lazily backed: memory is taken as blocks are first written.
+        self._block_ids = np.empty((num_blocks, size, *self._row_shape), self._dtype)
+        # The same memory with a row as one item: a step's rows are then placed by one copy each.
+        self._packed = self._block_ids.reshape(num_blocks * size, -1).view(
+            np.dtype((np.void, self._row_bytes))
+        )[:, 0]
+        self._block_valid = np.zeros((num_blocks, size), np.bool_)
+        self._block_version = np.zeros((num_blocks, size), np.int64)
+        self._block_epoch = np.full(num_blocks, -1, np.int64)
 
     def _places(self, pieces: Sequence[RowPiece]) -> _Places:
         size = self.block_size

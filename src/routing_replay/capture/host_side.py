@@ -99,6 +99,10 @@ class HostSide:
         self._host_cache.free(request_id)
         self.failed.pop(request_id, None)
 
+    def forget_blocks(self) -> None:
+        """Forget the rows of all blocks."""
+        self._host_cache.forget_blocks()
+
     def is_known(self, request_id: str) -> bool:
         """Return whether a request holds rows, or has failed and was not freed."""
         return self._host_cache.is_running(request_id) or request_id in self.failed

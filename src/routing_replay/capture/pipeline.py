@@ -324,6 +324,15 @@ class CapturePipeline:
         number = self._executor.run(partial(self._host_side.free, request_id))
         self._change(request_id, number, is_running=False)
 
+    def forget_blocks(self) -> None:
+        """Wait for all rows that are on their way, and forget those of all KV blocks; those of requests stay.
+
+        Raises:
+            CaptureError: The thread that collects has ended.
+        """
+        self._executor.wait(self._executor.run(self._host_side.forget_blocks))
+        self._pending.forget(self._executor.num_done)
+
     def drain(self) -> None:
         """Wait until all rows are where they belong.
 

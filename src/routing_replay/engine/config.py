@@ -9,7 +9,14 @@ from routing_replay.engine.speculation import SpeculativeConfig
 from routing_replay.errors import ConfigError
 from routing_replay.models import MoEModelConfig
 
-__all__ = ["EngineConfig", "LogprobsMode", "ResolvedConfig", "capture_features", "resolve_config"]
+__all__ = [
+    "EngineConfig",
+    "LogprobsMode",
+    "ResolvedConfig",
+    "capture_features",
+    "longest_sequence",
+    "resolve_config",
+]
 
 
 _LOAD_FORMATS = ("auto", "dummy")
@@ -45,7 +52,7 @@ class EngineConfig:
         batch_invariant: Make the bits of a row independent of what runs beside it, so that logprobs are equal bit for
             bit under every schedule; slower.
         uncached_prefix: What happens when a prompt hits KV blocks whose routing rows are not here.
-        seed: Base of the seeds of requests that name none.
+        seed: Base of the seeds of requests that name none, and of dummy weights.
         load_format: `"auto"` reads the folder's weights; `"dummy"` makes random ones of the config's sizes, for benchmarks.
         enforce_eager: Launch every kernel by itself, on a GPU too, instead of recording decode steps as CUDA graphs.
         cuda_graph_sizes: Numbers of decoding requests that graphs are recorded for, ascending; None: 1, 2, 4, and on in
@@ -158,6 +165,11 @@ class ResolvedConfig:
     num_kv_blocks: int
 
 
+def longest_sequence(config: EngineConfig, model: MoEModelConfig) -> int:
+    """Return the longest sequence, in tokens: what was asked for, or the model's limit, at most 8192."""
+    return config.max_model_len or min(model.max_position_embeddings, 8192)
+
+
 def resolve_config(
     config: EngineConfig,
     model: MoEModelConfig,
@@ -182,7 +194,7 @@ def resolve_config(
         ConfigError: `max_model_len` is above the model's own limit, or the KV cache holds no block.
     """
     limit = model.max_position_embeddings
-    max_model_len = config.max_model_len or min(limit, 8192)
+    max_model_len = longest_sequence(config, model)
     if max_model_len > limit:
         raise ConfigError(
             f"max_model_len={max_model_len} is above the model's max_position_embeddings={limit}; ask for at most that"

@@ -18,8 +18,9 @@ from routing_replay.engine.request import Request
 from routing_replay.engine.runner import LaunchedStep, ModelRunner
 from routing_replay.engine.sampling_params import SamplingParams
 from routing_replay.engine.scheduler import Schedule, Scheduler
+from routing_replay.engine.weights import EngineWeights, WeightChange
 from routing_replay.errors import CaptureError, ConfigError, EngineStoppedError, StepError
-from routing_replay.models import check_batch_invariance, copy_weights, load_model
+from routing_replay.models import check_batch_invariance, load_model
 from routing_replay.trace import RoutingTrace
 
 __all__ = ["EngineCore", "FinishedRequest"]
@@ -73,6 +74,8 @@ class EngineCore:
             device=device,
             batch_invariant=config.batch_invariant,
             load_format=config.load_format,
+            seed=config.seed,
+            max_position=_max_position(config),
         )
         if config.batch_invariant:
             check_batch_invariance(model)
@@ -94,7 +97,7 @@ class EngineCore:
             num_usable=None if pipeline is None else pipeline.num_usable_blocks,
         )
         self.scheduler = Scheduler(self.config, self.kv_blocks, drafter_of(config))
-        self.weights_version = 0
+        self.weights = EngineWeights(self.runner)
         self._intake = Intake(
             model.config,
             self.config.engine,
@@ -106,6 +109,7 @@ class EngineCore:
         self._settled_early: list[FinishedRequest] = []
         self._num_failures = 0
         self._stopped: EngineStoppedError | None = None
+        self._is_closed = False
 
     @property
     def has_work(self) -> bool:
@@ -133,9 +137,12 @@ class EngineCore:
 
         Raises:
             ConfigError: The prompt is empty or too long, or holds a token that the model does not have; or stop
-                strings without a tokenizer.
+                strings without a tokenizer; or the engine sleeps or waits for weights.
             TraceMismatchError: The trace does not fit the prompt or the model.
+            EngineStoppedError: The engine is closed, or has stopped after failures.
         """
+        self._check_running()
+        self.weights.check_ready()
         return self._intake.make_requests(token_ids, params, prompt=prompt, forcing=forcing)
 
     def run(self, requests: Iterable[Request]) -> Generator[FinishedRequest, None, None]:
@@ -162,10 +169,11 @@ class EngineCore:
             The requests that have ended.
 
         Raises:
-            EngineStoppedError: Two steps in a row have failed; no request runs any more.
+            EngineStoppedError: Two steps in a row have failed, or the engine is closed; no request runs any more.
+            ConfigError: The engine sleeps, waits for weights, or has those of an update that failed halfway.
         """
-        if self._stopped is not None:
-            raise self._stopped
+        self._check_running()
+        self.weights.check_ready()
         finished, self._settled_early = self._settled_early, []
         previous, self._in_flight = self._in_flight, None
         schedule = self.scheduler.schedule()
@@ -203,6 +211,11 @@ class EngineCore:
             self._settle(launched)
             self._settled_early += self._retire()
 
+    @property
+    def weights_version(self) -> int:
+        """The version that rows computed now carry."""
+        return self.weights.version
+
     def update_weights(
         self,
         tensors: Iterable[tuple[str, Tensor]],
@@ -210,52 +223,88 @@ class EngineCore:
         weights_version: int,
         reset_prefix_cache: bool = True,
     ) -> None:
-        """Replace weights between two steps; rows computed from now on carry the new version.
-
-        Running requests keep the keys, values and rows that they have.
-
-        Args:
-            tensors: Names as in a Hugging Face checkpoint, and the new values; others stay as they are.
-            weights_version: The new version, 0 or more.
-            reset_prefix_cache: Forget cached prefixes, whose keys and values are those of the old weights.
-
-        Raises:
-            ConfigError: The version is negative.
-            UnsupportedModelError: A name is unknown or a shape differs; tensors before it have been copied.
-        """
-        with self.updating_weights(weights_version, reset_prefix_cache=reset_prefix_cache):
-            copy_weights(self.runner.model, tensors)
+        """Replace weights; as `LLM.update_weights`."""
+        with self.updating_weights(weights_version, reset_prefix_cache=reset_prefix_cache) as change:  # fmt: skip
+            self.weights.copy(tensors, change)
 
     @contextmanager
     def updating_weights(
         self, weights_version: int, *, reset_prefix_cache: bool = True
-    ) -> Generator[None]:
+    ) -> Generator[WeightChange]:
         """Let weights be changed in place: no step is in flight inside, and later rows carry the new version.
+
+        Running requests keep the keys, values and rows that they have. After an error no step runs until an update
+        succeeds, unless the change had not begun: then nothing has changed.
 
         Args:
             weights_version: The new version, 0 or more.
-            reset_prefix_cache: As for `update_weights`.
+            reset_prefix_cache: Forget cached prefixes, whose keys and values are those of the old weights.
 
-        Returns:
-            A context.
+        Yields:
+            How far the change has come, for the methods of `weights`.
 
         Raises:
-            ConfigError: The version is negative.
+            ConfigError: The version is negative, or the engine sleeps.
         """
-        if weights_version < 0:
-            raise ConfigError(f"weights_version={weights_version}; accepted is 0 or more")
+        self._check_running()
         self.settle()
-        try:
-            yield
-        finally:
-            # Some weights may be new where an error came halfway: no cached prefix fits them any more.
-            self.weights_version = weights_version
+        with self.weights.updating(weights_version) as change:
+            try:
+                yield change
+            except BaseException:
+                if reset_prefix_cache and change.has_begun:
+                    self.reset_prefix_cache()
+                raise
             if reset_prefix_cache:
                 self.reset_prefix_cache()
+
+    def sleep(self, *, level: int = 1) -> None:
+        """Free the device memory of weights, KV cache and graphs; as `LLM.sleep`.
+
+        Args:
+            level: 1 keeps the weights in host memory, 2 drops them.
+
+        Raises:
+            ConfigError: Requests run or wait, the engine sleeps already, or the level is unknown.
+        """
+        self._check_running()
+        self.settle()
+        if self.has_work:
+            raise ConfigError(
+                "requests run or wait, and sleeping drops their keys and values; let them finish or abort them first"
+            )
+        self.weights.sleep(level)
+        self.reset_prefix_cache()
+        if self.runner.pipeline is not None:
+            self.runner.pipeline.forget_blocks()
+
+    def wake_up(self) -> None:
+        """Bring back what `sleep` took away; as `LLM.wake_up`."""
+        self._check_running()
+        self.weights.wake_up()
+
+    def close(self) -> None:
+        """Drop all requests, end the thread that collects routing, and free the device's memory; for good."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            self._drop_all()
+        except CaptureError:
+            pass  # that thread has died, and holds nothing that anybody could ask for
+        finally:
+            self._stopped = EngineStoppedError("the engine is closed; make a new one")
+            if self.runner.pipeline is not None:
+                self.runner.pipeline.close()
+            self.weights.close()
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes."""
         self.kv_blocks.reset_prefix_cache()
+
+    def _check_running(self) -> None:
+        if self._stopped is not None:
+            raise self._stopped
 
     def _launch(self, schedule: Schedule) -> LaunchedStep | RuntimeError:
         try:
@@ -363,3 +412,10 @@ class EngineCore:
             self._settle(launched)
         for request in dropped:
             self._forget(request)
+
+
+def _max_position(config: EngineConfig) -> int | None:
+    """Positions that a step may hold: whole blocks of the longest sequence; None leaves it to the model."""
+    if config.max_model_len is None:
+        return None
+    return -(-config.max_model_len // config.block_size) * config.block_size

@@ -57,6 +57,7 @@ class KVBlocks:
         self._ref_counts = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
+        self._generation = 0
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
     @property
@@ -85,6 +86,7 @@ class KVBlocks:
         for block in hits:
             self._share(block)
         request.blocks = [*hits, *(self._take_free() for _ in range(num_new))]
+        request.prefix_generation = self._generation
         request.num_computed = len(hits) * self.block_size
         return True
 
@@ -109,6 +111,7 @@ class KVBlocks:
             self._share(block)
         own = self._take_free()
         child.blocks = [*shared, own]
+        child.prefix_generation = parent.prefix_generation
         if not num_partial:
             return True, ()
         return True, (BlockCopy(parent.blocks[num_shared], own),)
@@ -143,7 +146,7 @@ class KVBlocks:
             end: and one past its last.
         """
         first, last = start // self.block_size, end // self.block_size
-        if not self._is_caching or first == last:
+        if not self._is_caching or first == last or request.prefix_generation != self._generation:
             return
         digests = self._hashes(request, last)
         for index in range(first, last):
@@ -165,7 +168,11 @@ class KVBlocks:
         request.blocks = []
 
     def reset_prefix_cache(self) -> None:
-        """Forget all prefixes; running requests keep their blocks."""
+        """Forget all prefixes; running requests keep their blocks, and offer no more of them.
+
+        What they compute from now on stands on keys and values from before: it must not continue a prefix from after.
+        """
+        self._generation += 1
         self._by_hash.clear()
         self._hash_of = [None] * self.num_blocks
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ from routing_replay.engine.request import Request
 from routing_replay.engine.sampling_params import SamplingParams
 from routing_replay.engine.tokenizer import ModelTokenizer, load_tokenizer
 from routing_replay.errors import ConfigError
-from routing_replay.models import find_model_folder
+from routing_replay.models import WeightInfo, find_model_folder
 from routing_replay.trace import RoutingTrace
 
 __all__ = ["LLM", "Prompt"]
@@ -193,22 +194,135 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def update_weights(
-        self, tensors: Iterable[tuple[str, Tensor]], *, weights_version: int
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        weights_version: int,
+        reset_prefix_cache: bool = True,
     ) -> None:
         """Replace weights; traces captured from now on carry the new version.
+
+        Where an error comes before the first weight is replaced, nothing has changed. Where it comes later, requests are
+        refused until an update succeeds. This holds for `load_weights` and `receive_weights`, too.
 
         Args:
             tensors: Names as in a Hugging Face checkpoint (`model.state_dict().items()` of the trainer's model does),
                 and the new values; other weights stay as they are.
             weights_version: The new version, 0 or more.
+            reset_prefix_cache: Forget cached prefixes, whose keys and values are those of the old weights.
 
         Raises:
-            ConfigError: The version is negative.
+            ConfigError: The version is negative, or the engine sleeps.
             UnsupportedModelError: A name is unknown or a shape differs; tensors before it have been copied.
 
-        Runtime: synchronous; forgets cached prefixes.
+        Runtime: waits for the step in flight; copies in place, so that CUDA graphs stay.
         """
-        self.core.update_weights(tensors, weights_version=weights_version)
+        self.core.update_weights(
+            tensors, weights_version=weights_version, reset_prefix_cache=reset_prefix_cache
+        )
+
+    def load_weights(
+        self, model: str | Path, *, weights_version: int, reset_prefix_cache: bool = True
+    ) -> None:
+        """Replace all weights by those of a folder.
+
+        Args:
+            model: A folder of the same model with other weights, or the name of one on the hub.
+            weights_version: The new version, 0 or more.
+            reset_prefix_cache: As for `update_weights`.
+
+        Raises:
+            ConfigError: The version is negative, the engine sleeps, or the folder cannot be found or read.
+            UnsupportedModelError: Its weights are of another model; nothing has changed.
+
+        Runtime: waits for the step in flight; reads straight into place, so that CUDA graphs stay.
+        """
+        folder, core = find_model_folder(model), self.core
+        with core.updating_weights(
+            weights_version, reset_prefix_cache=reset_prefix_cache
+        ) as change:
+            core.weights.load(folder, change)
+
+    def receive_weights(
+        self,
+        metadata: Sequence[WeightInfo],
+        *,
+        group: dist.ProcessGroup | None = None,
+        src: int = 0,
+        weights_version: int,
+        reset_prefix_cache: bool = True,
+    ) -> None:
+        """Replace weights by those that a trainer's process sends with `models.broadcast_weights`.
+
+        Args:
+            metadata: Of `models.describe_weights` on the sender's side, in its order.
+            group: The process group; None for the default one.
+            src: The sender's rank among all.
+            weights_version: The new version, 0 or more.
+            reset_prefix_cache: As for `update_weights`.
+
+        Raises:
+            ConfigError: The version is negative, or the engine sleeps.
+            UnsupportedModelError: A name is unknown or a shape differs; nothing has changed, and the sender waits for the
+                group's timeout.
+
+        Runtime: a collective; waits for the step in flight; copies in place, so that CUDA graphs stay.
+        """
+        core = self.core
+        with core.updating_weights(
+            weights_version, reset_prefix_cache=reset_prefix_cache
+        ) as change:
+            core.weights.receive(metadata, change, group=group, src=src)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether weights and KV cache are off the device."""
+        return self.core.weights.are_away
+
+    def sleep(self, level: int = 1) -> None:
+        """Free the device memory of weights, KV cache and CUDA graphs, as a trainer on the same device needs.
+
+        Cached prefixes are forgotten. Step buffers, and on a GPU the capture buffers and CUDA's own memory, stay.
+
+        Args:
+            level: 1 keeps the weights in host memory; 2 drops them, to be loaded again after `wake_up`.
+
+        Raises:
+            ConfigError: Requests run or wait, the engine sleeps already, or the level is unknown.
+
+        Runtime: synchronous.
+        """
+        self.core.sleep(level=level)
+
+    def wake_up(self) -> None:
+        """Bring back what `sleep` took away.
+
+        After level 2 the weights hold NaN and requests are refused until `load_weights`, `update_weights` or
+        `receive_weights` have replaced every one; the KV cache is made then. If memory runs out the engine sleeps on: free
+        some and call it again.
+
+        Raises:
+            ConfigError: Nothing is away, or weights are due.
+            CaptureError: The canary failed: a layer does not record its routing.
+
+        Runtime: synchronous; records CUDA graphs and runs the canary again.
+        """
+        self.core.wake_up()
+
+    def close(self) -> None:
+        """Drop all requests, end the thread that collects routing, and free the device's memory.
+
+        The engine cannot be used any more. Leaving a `with LLM(...) as llm:` block does the same.
+        """
+        self.core.close()
+
+    def __enter__(self) -> "LLM":
+        """Return the engine itself; it is closed when the block is left."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close the engine."""
+        self.close()
 
     def _tokens_of(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):

@@ -5,7 +5,7 @@ import gc
 import torch
 
 from routing_replay.capture import DeviceCache
-from routing_replay.engine.config import EngineConfig
+from routing_replay.engine.config import EngineConfig, longest_sequence
 from routing_replay.engine.step_builder import StepBuilder
 from routing_replay.errors import ConfigError
 from routing_replay.models import Qwen3MoEModel, RoutingBuffers
@@ -56,7 +56,7 @@ def _peak_bytes(config: EngineConfig, model: Qwen3MoEModel, device: torch.device
     """Most bytes in use while the largest step runs, weights included, what other programs have included."""
     model_config, size = model.config, config.block_size
     num_rows = config.max_num_batched_tokens
-    longest = min(num_rows, config.max_model_len or model_config.max_position_embeddings)
+    longest = min(num_rows, longest_sequence(config, model_config))
     num_blocks = -(-longest // size)
     builder = StepBuilder(
         max_num_rows=num_rows,

@@ -45,6 +45,7 @@ class Request:
         num_draft_tokens: Drafts that steps have computed for it.
         num_accepted_tokens: Those of them that are among its tokens.
         blocks: Its KV blocks in token order.
+        prefix_generation: How often the prefix cache had been reset when it was given its first blocks.
         block_hashes: Chained hashes of its first full blocks.
         logprobs: Per generated token.
         prompt_logprobs: Per prompt token from the second on.
@@ -74,6 +75,7 @@ class Request:
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     blocks: list[BlockRef] = field(default_factory=list[BlockRef])
+    prefix_generation: int = 0
     block_hashes: list[bytes] = field(default_factory=list[bytes])
     logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])
     prompt_logprobs: list[dict[int, Logprob]] = field(default_factory=list[dict[int, Logprob]])

@@ -149,6 +149,8 @@ class ModelRunner:
         if self.graphs is not None:
             self.graphs.clear()
         self._kv_cache = torch.empty(0, device=self._device)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def acquire(self) -> None:
         """Make keys, values and graphs anew, after `release` or where the model's weights have moved.
@@ -165,6 +167,8 @@ class ModelRunner:
         """
         if self.pipeline is not None:
             self.pipeline.device_cache.reset()
+        if self.model.workspace is not None:
+            self.model.workspace.zero_()  # the counters of a launch that did not come to its end
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -9,7 +9,13 @@ from routing_replay.models.broadcast import (
 from routing_replay.models.config import MoEModelConfig, load_model_config
 from routing_replay.models.hub import find_model_folder
 from routing_replay.models.invariance import check_batch_invariance
-from routing_replay.models.loading import LoadFormat, copy_weights, load_folder_weights, load_model
+from routing_replay.models.loading import (
+    LoadFormat,
+    check_folder_weights,
+    copy_weights,
+    load_folder_weights,
+    load_model,
+)
 from routing_replay.models.offload import HostWeights, offload_weights, restore_weights
 from routing_replay.models.qwen3_moe import Qwen3MoEModel
 from routing_replay.models.step import RoutingBuffers, SequenceSpan, StepInputs
@@ -25,6 +31,7 @@ __all__ = [
     "WeightInfo",
     "broadcast_weights",
     "check_batch_invariance",
+    "check_folder_weights",
     "copy_weights",
     "describe_weights",
     "find_model_folder",

@@ -19,6 +19,7 @@ from routing_replay.models.weight_files import StoredTensor, list_tensors, read_
 __all__ = [
     "LoadFormat",
     "WeightPlaces",
+    "check_folder_weights",
     "check_weight",
     "copy_weights",
     "load_folder_weights",
@@ -151,8 +152,10 @@ def _is_draft(name: str, config: MoEModelConfig) -> bool:
     return config.num_layers <= int(parts[2]) < config.num_layers + config.num_mtp_layers
 
 
-def _fill(model: Qwen3MoEModel, folder: Path) -> None:
-    """Check names and shapes of the whole folder, then read it."""
+def _match(
+    model: Qwen3MoEModel, folder: Path
+) -> tuple[list[tuple[StoredTensor, list[Tensor]]], dict[str, StoredTensor]]:
+    """Check names and shapes of the whole folder; return what is to be read, with its places, and copies of it."""
     if model.is_offloaded:
         raise ConfigError("the model's weights are offloaded; call restore_weights first")
     config = model.config
@@ -173,9 +176,14 @@ def _fill(model: Qwen3MoEModel, folder: Path) -> None:
     for name, found in places.items():
         for place in found:
             check_weight(name, place, stored[name].shape)
-    read_tensors(((stored[name], found) for name, found in places.items()), dtype=model.dtype)
+    return [(stored[name], found) for name, found in places.items()], copies
+
+
+def _fill(model: Qwen3MoEModel, folder: Path) -> None:
+    wanted, copies = _match(model, folder)
+    read_tensors(wanted, dtype=model.dtype)
     if model.mtp_layers:
-        _check_copies(model, copies, places)
+        _check_copies(model, copies, model.checkpoint_places())
 
 
 @torch.no_grad()
@@ -192,6 +200,29 @@ def _fill_randomly(model: Qwen3MoEModel, seed: int) -> None:
             parameter.copy_(parameter.to(model.dtype))
 
 
+def check_folder_weights(model: Qwen3MoEModel, folder: Path) -> None:
+    """Check that the weights of a folder can replace those of a decoder; only headers are read.
+
+    Args:
+        model: The decoder.
+        folder: A checkpoint of the same model, with `config.json`.
+
+    Raises:
+        ConfigError: The folder or a header cannot be read, or the decoder's weights are offloaded.
+        UnsupportedModelError: Its config or its weights are not of this model.
+    """
+    found = _folder_config(folder)
+    # Which tokens end a sequence is no matter of weights.
+    names = [field.name for field in fields(MoEModelConfig) if field.name != "eos_token_ids"]
+    for name in names:
+        expected, other = getattr(model.config, name), getattr(found, name)
+        if expected != other:
+            raise UnsupportedModelError(
+                f"{folder} has {name}={other}, the model {expected}; pass a checkpoint of the same model"
+            )
+    _match(model, folder)
+
+
 def load_folder_weights(model: Qwen3MoEModel, folder: Path) -> None:
     """Replace all weights of a decoder by those of a folder.
 
@@ -205,15 +236,7 @@ def load_folder_weights(model: Qwen3MoEModel, folder: Path) -> None:
 
     Runtime: writes in place, so that addresses stay; returns when everything is in place; no gradients.
     """
-    found = _folder_config(folder)
-    # Which tokens end a sequence is no matter of weights.
-    names = [field.name for field in fields(MoEModelConfig) if field.name != "eos_token_ids"]
-    for name in names:
-        expected, other = getattr(model.config, name), getattr(found, name)
-        if expected != other:
-            raise UnsupportedModelError(
-                f"{folder} has {name}={other}, the model {expected}; pass a checkpoint of the same model"
-            )
+    check_folder_weights(model, folder)
     _fill(model, folder)
 
 

@@ -258,7 +258,7 @@ def test_step_may_be_changed_by_its_owner_once_it_is_submitted(rigs: list[Rig]):
     blocks.clear()
     rig.staging.open()
     rig.pipeline.drain()
-    assert rig.host_cache.holds(BlockRef(0, 1))
+    assert rig.host_cache.held_rows(BlockRef(0, 1)).all()
     assert rig.host_cache.held_rows(BlockRef(1, 1)).tolist() == [True, True, False, False]
 
 
