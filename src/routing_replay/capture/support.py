@@ -13,6 +13,7 @@ SUPPORTED = frozenset(
         "batch_invariant",
         "chunked_prefill",
         "forced_routing",
+        "mtp_speculation",
         "ngram_speculation",
         "parallel_sampling",
         "preemption_by_recompute",

@@ -191,13 +191,20 @@ def resolve_config(
         The settings with every number known.
 
     Raises:
-        ConfigError: `max_model_len` is above the model's own limit, or the KV cache holds no block.
+        ConfigError: `max_model_len` is above the model's own limit, more tokens are to be drafted than the model has layers
+            for, or the KV cache holds no block.
     """
     limit = model.max_position_embeddings
     max_model_len = longest_sequence(config, model)
     if max_model_len > limit:
         raise ConfigError(
             f"max_model_len={max_model_len} is above the model's max_position_embeddings={limit}; ask for at most that"
+        )
+    speculation = config.speculation
+    if speculation is not None and speculation.num_layers > model.num_mtp_layers:
+        raise ConfigError(
+            f"num_speculative_tokens={speculation.num_speculative_tokens} with method='mtp', but config.json has "
+            f"num_nextn_predict_layers={model.num_mtp_layers}; accepted is at most that: each of these layers drafts one token"
         )
     blocks = config.num_kv_blocks
     if blocks is None:
@@ -211,7 +218,7 @@ def resolve_config(
         )
     is_async = config.async_scheduling
     if is_async is None:
-        is_async = device_type == "cuda" and config.speculation is None
+        is_async = device_type == "cuda" and speculation is None
     engine = replace(
         config, max_model_len=max_model_len, num_kv_blocks=blocks, async_scheduling=is_async
     )

@@ -68,6 +68,8 @@ class EngineCore:
         config: EngineConfig,
         make_decoder: Callable[[], Callable[[int], str | None]] | None = None,
     ) -> None:
+        speculation = config.speculation
+        num_draft_layers = 0 if speculation is None else speculation.num_layers
         model = load_model(
             folder,
             dtype=dtype,
@@ -76,6 +78,7 @@ class EngineCore:
             load_format=config.load_format,
             seed=config.seed,
             max_position=_max_position(config),
+            with_mtp=num_draft_layers > 0,
         )
         if config.batch_invariant:
             check_batch_invariance(model)
@@ -84,7 +87,7 @@ class EngineCore:
         self.config = resolve_config(
             config,
             model.config,
-            kv_bytes_per_token=2 * model.config.num_layers * kv_heads_bytes,
+            kv_bytes_per_token=2 * (model.config.num_layers + num_draft_layers) * kv_heads_bytes,
             kv_cache_bytes=kv_cache_bytes(config, model, device),
             device_type=device.type,
         )
@@ -338,7 +341,7 @@ class EngineCore:
         except RuntimeError as error:
             self._fail_step(schedule, error)
             return
-        self._num_failures = 0
+        ends: list[int] = []
         for part in schedule.parts:
             request = part.request
             request.prompt_logprobs.extend(launched.prompt_logprobs.get(request.request_id, ()))
@@ -349,10 +352,17 @@ class EngineCore:
             if request.params.max_tokens == 0 and part.end == request.num_to_compute:
                 request.finish_reason = request.finish_reason or "length"
             end = accept_samples(part, [next(sampled) for _ in range(part.num_samples)])
+            ends.append(end)
             if pipeline is not None and end < part.start + part.num_tokens:
                 pipeline.truncate(request.request_id, end)
             if still_counts and request.error is None:
                 self.kv_blocks.publish(request, part.start, end)
+        try:
+            self.runner.draft(launched, ends)
+        except RuntimeError as error:
+            self._fail_step(schedule, error)
+            return
+        self._num_failures = 0
 
     def _retire(self) -> list[FinishedRequest]:
         return [self._finish(request) for request in self.scheduler.retire()]

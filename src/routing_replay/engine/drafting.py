@@ -20,7 +20,14 @@ def drafter_of(config: EngineConfig) -> Callable[[Request, int], Sequence[int]] 
         tokens; None where nothing is drafted.
     """
     speculation = config.speculation
-    return None if speculation is None else _NgramDrafter(speculation)
+    if speculation is None:
+        return None
+    return _NgramDrafter(speculation) if speculation.method == "ngram" else _drafts_of
+
+
+def _drafts_of(request: Request, most: int) -> Sequence[int]:
+    """What `MtpDrafter` has left with the request."""
+    return request.drafts[:most]
 
 
 class _NgramDrafter:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from routing_replay.capture import BlockRef
 from routing_replay.engine.draws import Draws
@@ -15,7 +16,20 @@ from routing_replay.engine.speculation import PromptLookup
 from routing_replay.engine.stop_strings import StopStrings
 from routing_replay.errors import RoutingReplayError
 
-__all__ = ["Request"]
+__all__ = ["DraftTail", "Request"]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTail:
+    """Hidden states of a request's last computed tokens.
+
+    Attributes:
+        end: One past the last of them.
+        hidden_states: `[n, H]`, on the device.
+    """
+
+    end: int
+    hidden_states: Tensor
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -42,6 +56,8 @@ class Request:
         num_cached: Prompt tokens that the prefix cache, or a fork, gave it at first.
         num_preemptions: How often it had to give its blocks back.
         lookup: Finds its drafts, once it had to; None before, and where its engine does not speculate by lookup.
+        drafts: What the model's own layers have drafted behind its last token.
+        draft_tail: What these layers need of its last computed tokens to go on; None without them.
         num_draft_tokens: Drafts that steps have computed for it.
         num_accepted_tokens: Those of them that are among its tokens.
         blocks: Its KV blocks in token order.
@@ -72,6 +88,8 @@ class Request:
     num_cached: int | None = None
     num_preemptions: int = 0
     lookup: PromptLookup | None = None
+    drafts: Sequence[int] = ()
+    draft_tail: DraftTail | None = None
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     blocks: list[BlockRef] = field(default_factory=list[BlockRef])

@@ -21,6 +21,7 @@ from routing_replay.capture import (
 )
 from routing_replay.engine.config import ResolvedConfig, capture_features
 from routing_replay.engine.graphs import DecodeGraphs, decode_buckets
+from routing_replay.engine.mtp_drafting import MtpDrafter
 from routing_replay.engine.outputs import Logprob
 from routing_replay.engine.sampler import PendingSamples, launch_sample, score
 from routing_replay.engine.scheduler import Schedule, ScheduledRequest
@@ -45,12 +46,14 @@ class LaunchedStep:
         samples: The tokens, once they are there; None where none is sampled.
         ticket: Its routing, once it is on the host; None without capture.
         prompt_logprobs: By request: the entries of the prompt tokens that follow the step's rows.
+        hidden_states: `[T, H]`, where the model's own layers draft; None elsewhere. The next step writes over it.
     """
 
     schedule: Schedule
     samples: PendingSamples | None
     ticket: StepTicket | None
     prompt_logprobs: Mapping[str, list[dict[int, Logprob]]]
+    hidden_states: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,9 @@ class ModelRunner:
             block_size=engine.block_size,
             device=device,
         )
+        speculation = engine.speculation
+        self._num_draft_layers = 0 if speculation is None else speculation.num_layers
+        self._drafter = MtpDrafter(model, config, device=device) if self._num_draft_layers else None
         self._kv_cache = self._make_kv_cache()
         self._replay_buffer = ReplayBuffer(spec, num_rows=num_rows, device=device)
         self.pipeline: CapturePipeline | None = None
@@ -139,7 +145,21 @@ class ModelRunner:
         ticket = self._collect(row_spans(parts), len(tensors.positions), weights_version)
         samples = self._sample(parts, tensors, computed)
         scored = self._score_prompts(parts, step.spans, computed.hidden_states)
-        return LaunchedStep(schedule, samples, ticket, scored)
+        hidden_states = None if self._drafter is None else computed.hidden_states
+        return LaunchedStep(schedule, samples, ticket, scored, hidden_states)
+
+    def draft(self, launched: LaunchedStep, ends: Sequence[int]) -> None:
+        """Let the model's own layers draft for the requests of a step, before the next step; without them do nothing.
+
+        Args:
+            launched: The step; its requests have their new tokens.
+            ends: Of each part of it: one past its last accepted token.
+
+        Runtime: one host sync where it drafts.
+        """
+        if self._drafter is not None and launched.hidden_states is not None:
+            parts = launched.schedule.parts
+            self._drafter.draft(parts, ends, launched.hidden_states, self._kv_cache)
 
     def release(self) -> None:
         """Give back the memory of keys, values and graphs; `acquire` makes them anew.
@@ -174,7 +194,7 @@ class ModelRunner:
 
     def _make_kv_cache(self) -> Tensor:
         config = self.model.config
-        shape = (config.num_layers, 2, self._config.num_kv_blocks, self._block_size,
+        shape = (config.num_layers + self._num_draft_layers, 2, self._config.num_kv_blocks, self._block_size,
                  config.num_key_value_heads, config.head_dim)  # fmt: skip
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 

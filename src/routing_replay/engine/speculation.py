@@ -1,4 +1,4 @@
-"""Speculation by prompt lookup: drafts from the tokens that a request has, and what the model makes of them."""
+"""Speculation: its settings, drafts by prompt lookup, and what the model makes of drafts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ from routing_replay.errors import ConfigError
 
 __all__ = ["PromptLookup", "SpeculativeConfig", "propose", "verify"]
 
-_METHODS = ("ngram",)
+_METHODS = ("ngram", "mtp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,10 +18,11 @@ class SpeculativeConfig:
     """How tokens are drafted; names are vLLM's.
 
     Attributes:
-        method: `"ngram"` looks for the last tokens earlier in the request and drafts what came after them.
-        num_speculative_tokens: Most tokens of a draft.
-        prompt_lookup_max: Most tokens to match.
-        prompt_lookup_min: Fewest tokens to match.
+        method: `"ngram"` looks for the last tokens earlier in the request and drafts what came after them; `"mtp"` runs the
+            checkpoint's own layers for it, one for each token.
+        num_speculative_tokens: Most tokens of a draft; with `"mtp"` at most config.json's `num_nextn_predict_layers`.
+        prompt_lookup_max: Most tokens to match, for `"ngram"`.
+        prompt_lookup_min: Fewest tokens to match, for `"ngram"`.
     """
 
     method: str = "ngram"
@@ -32,7 +33,9 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         """Check every value."""
         if self.method not in _METHODS:
-            raise ConfigError(f"method={self.method!r}; accepted is {_METHODS[0]!r}")
+            raise ConfigError(
+                f"method={self.method!r}; accepted are {', '.join(map(repr, _METHODS))}"
+            )
         for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; accepted is 1 or more")
@@ -41,6 +44,11 @@ class SpeculativeConfig:
                 f"prompt_lookup_min={self.prompt_lookup_min} is above prompt_lookup_max={self.prompt_lookup_max}; "
                 "accepted is at most that"
             )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model that draft, each with keys and values of its own."""
+        return self.num_speculative_tokens if self.method == "mtp" else 0
 
     @classmethod
     def of(cls, settings: "Mapping[str, object] | SpeculativeConfig") -> "SpeculativeConfig":

@@ -32,6 +32,7 @@ def test_every_engine_configuration_is_made_of_known_features():
         EngineConfig(),
         EngineConfig(enable_prefix_caching=False, batch_invariant=True),
         EngineConfig(speculative_config={"method": "ngram"}),
+        EngineConfig(speculative_config={"method": "mtp"}),
     ):
         check_capture_support(capture_features(config))
     assert "prefix_caching" not in capture_features(EngineConfig(enable_prefix_caching=False))

@@ -120,7 +120,7 @@ def test_verify_refuses_a_wrong_number_of_samples():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "eagle"}, "method='eagle'; accepted is 'ngram'"),
+        ({"method": "eagle"}, "method='eagle'; accepted are 'ngram', 'mtp'"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens=0"),
         ({"prompt_lookup_min": 5}, "prompt_lookup_min=5 is above prompt_lookup_max=4"),
         ({"num_draft_tokens": 5}, "has 'num_draft_tokens'; accepted are method, num_speculative"),
