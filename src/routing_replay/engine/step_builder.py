@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from routing_replay.capture import BlockRef, RowSpan
 from routing_replay.engine.draws import Draws
 from routing_replay.engine.request import Request
+from routing_replay.engine.sampler import plain_inputs
 from routing_replay.engine.sampling_params import SamplingParams
 from routing_replay.engine.scheduler import ScheduledRequest
 from routing_replay.engine.step_buffers import StepArrays, StepBuffers, StepSize, StepTensors
@@ -145,30 +146,38 @@ class StepBuilder:
         return self.build(parts)
 
     def _fill_rows(self, arrays: StepArrays, parts: Sequence[ScheduledRequest]) -> None:
+        size, num_parts = self._block_size, len(parts)
         counts = np.array([part.num_tokens for part in parts], np.int64)
         starts = np.array([part.start for part in parts], np.int64)
-        num_rows, num_parts = int(counts.sum()), len(parts)
         ends = np.cumsum(counts)
-        owner = np.repeat(np.arange(num_parts), counts)
-        rows = np.arange(num_rows)
-        positions = rows + np.repeat(starts - (ends - counts), counts)
+        num_rows = int(counts.sum())
         for index, part in enumerate(parts):
             arrays.block_tables[index] = self._table(part.request)
-        tables = arrays.block_tables
-        size = self._block_size
+        owner = np.repeat(np.arange(num_parts), counts)
+        positions = np.arange(num_rows) + np.repeat(starts - (ends - counts), counts)
+        blocks = arrays.block_tables[owner, positions // size].astype(np.int64)
         arrays.positions[:num_rows] = positions
-        arrays.slot_mapping[:num_rows] = tables[owner, positions // size] * np.int64(size) + positions % size  # fmt: skip
+        arrays.slot_mapping[:num_rows] = blocks * size + positions % size
         arrays.query_starts[0] = 0
         arrays.query_starts[1 : num_parts + 1] = ends
         arrays.context_lens[:num_parts] = starts + counts
         self._fill_tokens(arrays, parts)
-        # Padding: a token that goes nowhere, in sequences of one row that attend to nothing.
-        for array, value in ((arrays.positions, 0), (arrays.slot_mapping, -1), (arrays.given_tokens, 0)):  # fmt: skip
-            array[num_rows:] = value
-        arrays.token_source[num_rows:] = self.buffers.first_given + np.arange(num_rows, len(arrays.token_source))  # fmt: skip
+        self._pad_rows(arrays, num_rows, num_parts)
+
+    def _pad_rows(self, arrays: StepArrays, num_rows: int, num_parts: int) -> None:
+        """Tokens whose keys and values go nowhere, in sequences of one row that attend to nothing."""
+        arrays.given_tokens[num_rows:] = 0
+        arrays.token_source[num_rows:] = self._given(num_rows, len(arrays.token_source))
+        arrays.positions[num_rows:] = 0
+        arrays.slot_mapping[num_rows:] = -1
         arrays.block_tables[num_parts:] = 0
-        arrays.query_starts[num_parts + 1 :] = num_rows + np.arange(1, len(arrays.query_starts) - num_parts)  # fmt: skip
         arrays.context_lens[num_parts:] = 0
+        num_padding = len(arrays.query_starts) - num_parts - 1
+        arrays.query_starts[num_parts + 1 :] = num_rows + 1 + np.arange(num_padding)
+
+    def _given(self, first: int, end: int) -> NDArray[np.int64]:
+        """Where the given tokens of rows stand."""
+        return self.buffers.first_given + np.arange(first, end)
 
     def _fill_tokens(self, arrays: StepArrays, parts: Sequence[ScheduledRequest]) -> None:
         """Tokens that are known are given; one that is still being sampled is read from its slot."""
@@ -177,28 +186,28 @@ class StepBuilder:
             end = first + part.num_tokens
             known = part.input_tokens
             arrays.given_tokens[first : first + len(known)] = known
-            arrays.token_source[first:end] = self.buffers.first_given + np.arange(first, end)
+            arrays.token_source[first:end] = self._given(first, end)
             if len(known) < part.num_tokens:
                 arrays.given_tokens[end - 1] = 0
                 arrays.token_source[end - 1] = part.request.slot
             first = end
 
     def _fill_samples(self, arrays: StepArrays, parts: Sequence[ScheduledRequest]) -> None:
-        first, at = 0, 0
+        rows: list[int] = []
+        end = 0
         for part in parts:
-            end = first + part.num_tokens
-            params = part.request.params
-            for index in range(part.num_samples):
-                arrays.sample_rows[at] = end - part.num_samples + index
-                arrays.sample_slots[at] = part.request.slot
-                arrays.temperature[at] = params.temperature
-                arrays.uniform[at] = 0.0 if params.temperature == 0 else part.request.draws.at(part.first_output + index)  # fmt: skip
-                at += 1
-            first = end
-        arrays.sample_rows[at:] = np.arange(at, len(arrays.sample_rows))
-        arrays.sample_slots[at:] = self._padding_slot
-        arrays.temperature[at:] = 0.0
-        arrays.uniform[at:] = 0.0
+            end += part.num_tokens
+            rows += range(end - part.num_samples, end)
+        requests = [part.request for part in parts for _ in range(part.num_samples)]
+        output_index = [part.first_output + i for part in parts for i in range(part.num_samples)]
+        count = len(rows)
+        arrays.sample_rows[:count] = rows
+        arrays.sample_slots[:count] = [request.slot for request in requests]
+        arrays.temperature[:count], arrays.uniform[:count] = plain_inputs(requests, output_index)
+        arrays.sample_rows[count:] = np.arange(count, len(arrays.sample_rows))
+        arrays.sample_slots[count:] = self._padding_slot
+        arrays.temperature[count:] = 0.0
+        arrays.uniform[count:] = 0.0
 
     def _table(self, request: Request) -> NDArray[np.int32]:
         """The block table of a running request; only blocks that are new to it are written."""
