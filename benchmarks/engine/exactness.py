@@ -3,7 +3,7 @@
 python benchmarks/engine/exactness.py --device cuda --out docs/results/engine_exactness.json --commit "$(git rev-parse HEAD)"
 
 Cells are {eager, CUDA graph} x {overlap off, on} x {whole, chunked prefill} x {no preemption, preemption} x {cold, prefix
-hit}. In every cell, recorded ids must equal forced ids in every row (no margin), and with `batch_invariant=True` tokens,
+hit}, and where steps do not overlap x {no drafts, drafts by prompt lookup}. In every cell, recorded ids must equal forced ids in every row (no margin), and with `batch_invariant=True` tokens,
 logprobs and ids must be equal bit for bit to those of the first cell. Twins: one layer's write is dropped, and the request
 must fail with the layer's name; two layers are swapped, and the start-up canary must fail. Last, tokens and logprobs with
 capture on and off. Without a GPU the cells without graphs run.
@@ -16,7 +16,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +42,13 @@ class Cell:
     overlap: bool
     chunked: bool
     preempted: bool
+    drafts: bool = False
 
     @property
     def name(self) -> str:
         """What is on."""
-        on = [key for key in ("graph", "overlap", "chunked", "preempted") if getattr(self, key)]
+        sides = ("graph", "overlap", "chunked", "preempted", "drafts")
+        on = [key for key in sides if getattr(self, key)]
         return " + ".join(on) or "plain"
 
 
@@ -54,7 +56,9 @@ def cells(device: str) -> list[Cell]:
     """All that can run on a device, the plainest first."""
     graphs = (False, True) if device.startswith("cuda") else (False,)
     sides = itertools.product(graphs, *[(False, True)] * 3)
-    return [Cell(graph=g, overlap=o, chunked=c, preempted=p) for g, o, c, p in sides]
+    plain = [Cell(graph=g, overlap=o, chunked=c, preempted=p) for g, o, c, p in sides]
+    drafting = [replace(cell, drafts=True) for cell in plain if not cell.overlap]
+    return [plain[0], *drafting, *plain[1:]]
 
 
 def make(cell: Cell, arguments: argparse.Namespace, *, capture: bool = True) -> LLM:
@@ -68,6 +72,9 @@ def make(cell: Cell, arguments: argparse.Namespace, *, capture: bool = True) -> 
         async_scheduling=cell.overlap,
         max_num_batched_tokens=16 if cell.chunked else 512,
         num_kv_blocks=26 if cell.preempted else 400,
+        speculative_config={"method": "ngram", "num_speculative_tokens": 4}
+        if cell.drafts
+        else None,
     )
     return LLM(
         tiny_moe_path(),
@@ -79,9 +86,10 @@ def make(cell: Cell, arguments: argparse.Namespace, *, capture: bool = True) -> 
 
 
 def prompts() -> list[list[int]]:
-    """Prompts of uneven lengths, two of them with a long common prefix."""
+    """Prompts of uneven lengths, two of them with a long common prefix, and one that repeats itself."""
     rng = np.random.default_rng(11)
-    found = [rng.integers(4, 500, length).tolist() for length in (3, 17, 40, 30, 9, 33)]
+    found = [rng.integers(4, 500, length).tolist() for length in (3, 17, 40, 30, 9)]
+    found.append(rng.integers(4, 500, 3).tolist() * 11)
     return [*found, [*found[2][:24], 7, 8, 9]]
 
 
@@ -174,6 +182,11 @@ def check_cell(
     require(cell.preempted or num_hits >= 4, f"{cell.name}: only {num_hits} prefix hits")
     preemptions = sum(output.num_preemptions for output in (*cold, *warm))
     require(bool(preemptions) == cell.preempted, f"{cell.name}: {preemptions} preemptions")
+    drafted = sum(output.num_draft_tokens for output in cold)
+    accepted = sum(output.num_accepted_tokens for output in cold)
+    require(
+        not cell.drafts or 0 < accepted < drafted, f"{cell.name}: {accepted} of {drafted} drafts"
+    )
     traces = forced_traces(llm, cold)
     rows = 0
     for attempt in ("cold", "prefix hit"):
@@ -190,7 +203,7 @@ def check_cell(
     graphs = llm.core.runner.graphs
     record = {
         "cell": cell.name, "requests": 4 * NUM_REQUESTS, "forced_rows_equal": rows, "prefix_hits": num_hits,
-        "preemptions": preemptions, "graphs": 0 if graphs is None else len(graphs.recorded),
+        "preemptions": preemptions, "drafted": drafted, "accepted": accepted, "graphs": 0 if graphs is None else len(graphs.recorded),
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
     return record, expected
