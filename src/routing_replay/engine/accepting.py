@@ -22,9 +22,9 @@ def accept_samples(part: ScheduledRequest, sampled: Sequence[SampledToken]) -> i
         One past the last token of the part that the request has: keys, values and rows from there on are of drafts that
         are not its tokens.
     """
-    request = part.request
-    token_ids = [token.token_id for token in sampled]
-    num_kept = len(verify(part.drafts, token_ids)) if sampled else 0
+    request, num_kept = part.request, len(sampled)
+    if part.drafts:
+        num_kept = len(verify(part.drafts, [token.token_id for token in sampled]))
     num_new = 0
     for token in sampled[:num_kept]:
         if request.finish_reason is not None:
@@ -35,12 +35,13 @@ def accept_samples(part: ScheduledRequest, sampled: Sequence[SampledToken]) -> i
         request.accept(token.token_id, token.logprobs)
         num_new += 1
     request.num_pending -= len(sampled) - num_new
+    if not part.drafts:
+        return part.end
     # A token that has just been sampled is no input yet, be it a draft's or not.
     num_inputs = max(num_new - 1, 0)
-    if part.drafts:
-        request.num_computed += num_inputs
-        request.num_draft_tokens += len(part.drafts)
-        request.num_accepted_tokens += min(num_new, num_kept - 1)
+    request.num_computed += num_inputs
+    request.num_draft_tokens += len(part.drafts)
+    request.num_accepted_tokens += min(num_new, num_kept - 1)
     return part.end + num_inputs
 
 
