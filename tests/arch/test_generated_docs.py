@@ -12,7 +12,9 @@ REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "scripts"
 
 
-@pytest.mark.parametrize("name", ["write_kernel_docs.py", "write_performance_docs.py"])
+@pytest.mark.parametrize(
+    "name", ["write_kernel_docs.py", "write_performance_docs.py", "write_engine_docs.py"]
+)
 def test_committed_document_is_what_the_generator_writes(name: str):
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / name), "--check"], capture_output=True, text=True, check=False
