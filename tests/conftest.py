@@ -36,6 +36,16 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`device="auto"` is the CPU, whatever the machine has, but in tests of GPUs."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr("routing_replay.engine.device.auto_device", lambda: "cpu")
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill fresh torch memory with NaN (floats) or the largest value (integers) for the duration of a test."""

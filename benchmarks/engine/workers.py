@@ -32,7 +32,9 @@ def load_ours(folder: str, dtype: str, *, capture: bool) -> Serve:
     from routing_replay.engine import EngineConfig
 
     config = EngineConfig(max_num_seqs=NUM_PROMPTS)
-    llm = LLM(folder, dtype=dtype, enable_return_routed_experts=capture, config=config)
+    llm = LLM(
+        folder, dtype=dtype, device="cpu", enable_return_routed_experts=capture, config=config
+    )
     params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
     spent = [0.0]
 
@@ -48,7 +50,7 @@ def load_ours(folder: str, dtype: str, *, capture: bool) -> Serve:
 
     pipeline = llm.core.runner.pipeline
     if pipeline is not None:
-        for name in ("begin", "collect", "finish"):
+        for name in ("begin", "submit", "finish"):
             setattr(pipeline, name, timed(getattr(pipeline, name)))
 
     def serve(prompts: list[list[int]], _seed: int) -> dict[str, float]:

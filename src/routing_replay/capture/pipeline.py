@@ -174,21 +174,6 @@ class CapturePipeline:
         self._executor.wait(ticket.number)
         return ticket.errors
 
-    def collect(
-        self, spans: Sequence[RowSpan], *, num_reset: int, weights_version: int
-    ) -> dict[str, CaptureError]:
-        """Submit a step and wait for it.
-
-        Args:
-            spans: As for `submit`.
-            num_reset: Rows of the step's bucket, padding rows included.
-            weights_version: Version of the weights that ran the step.
-
-        Returns:
-            As `errors` does.
-        """
-        return self.errors(self.submit(spans, num_reset=num_reset, weights_version=weights_version))
-
     def num_usable_blocks(self, prefix: Sequence[BlockRef]) -> int:
         """Return how many leading blocks of a prefix hit may be used.
 

@@ -45,8 +45,8 @@ class AuditOptions:
     dtype: Literal["bfloat16", "float32"] = "float32"
     """The trainer's precision."""
 
-    device: str = "cpu"
-    """A torch device."""
+    device: str = "auto"
+    """A torch device; auto is a GPU where torch sees one, else cpu."""
 
     max_samples: int | None = None
     """Audit only the first samples."""
@@ -208,14 +208,14 @@ def run_audit(options: AuditOptions) -> int:
 
     if options.max_samples is not None and options.max_samples < 2:
         raise ConfigError(f"max_samples={options.max_samples}; accepted is 2 or more")
-    usable_device(options.device)
+    device = usable_device(options.device)
     samples, rollout = load_samples(options.rollout, options.max_samples)
     folder = model_folder(options.model)
     transformers_logging.disable_progress_bar()
     trainer: nn.Module = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, options.dtype)
     )
-    result = audit(nn.Module.to(trainer, options.device).eval(), samples)
+    result = audit(nn.Module.to(trainer, device).eval(), samples)
     tokenizer = load_tokenizer(folder)
     decode = None if tokenizer is None else tokenizer.decode
     caveats = sampling_caveats(rollout)

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from tyro.conf import arg
@@ -22,7 +23,7 @@ from routing_replay.assets.arithmetic import Problem, is_solved, make_problems
 from routing_replay.cli.audit import Decode, print_audit, write_report
 from routing_replay.cli.provenance import versions
 from routing_replay.cli.resources import EMBEDDED_MODEL, check_new_folder
-from routing_replay.engine import LLM, EngineConfig, RequestOutput, SamplingParams
+from routing_replay.engine import LLM, EngineConfig, RequestOutput, SamplingParams, usable_device
 from routing_replay.errors import ConfigError
 from routing_replay.report import AuditResult, AuditSample, audit
 from routing_replay.trace import RolloutSample, RolloutWriter, encode_trace, is_rollout
@@ -47,6 +48,9 @@ class DemoOptions:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """The rollout's precision; the trainer's is float32."""
+
+    device: str = "auto"
+    """A torch device, of engine and trainer; auto is a GPU where torch sees one, else cpu."""
 
     output: Annotated[Path, arg(aliases=["-o"], metavar="DIR")] = Path("demo-results")
     """Folder for demo.json (the figures), report.html, and rollout/ (tokens, logprobs, traces); replaced."""
@@ -170,19 +174,22 @@ def run_demo(options: DemoOptions) -> int:
     transformers_logging.disable_progress_bar()
     # The model is so small that a second thread mostly waits, and on a busy machine makes all much slower.
     torch.set_num_threads(1)
+    device = usable_device(options.device)
     started = time.perf_counter()
     folder = tiny_moe_path()
     problems = make_problems(options.num_problems, options.seed)
     llm = LLM(
         folder,
         dtype=options.dtype,
+        device=str(device),
         enable_return_routed_experts=True,
         config=EngineConfig(max_num_seqs=128),
     )
     loaded = time.perf_counter()
     outputs = _sample_answers(llm, problems, options.seed)
     generated = time.perf_counter()
-    trainer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    trainer: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trainer = nn.Module.to(trainer, device).eval()
     samples = [_as_sample(output) for output in outputs]
     result = audit(trainer, samples)
     finished = time.perf_counter()
@@ -210,7 +217,11 @@ def run_demo(options: DemoOptions) -> int:
         "versions": {
             name: version(name) for name in ("routing-replay", "torch", "transformers", "numpy")
         },
-        "machine": {"python": platform.python_version(), "threads": torch.get_num_threads()},
+        "machine": {
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        },
     }
     text = json.dumps(record, indent=1)
     decode = None if llm.tokenizer is None else llm.tokenizer.decode

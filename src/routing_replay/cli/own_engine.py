@@ -19,7 +19,7 @@ __all__ = ["own_engine"]
 _DEFAULTS: Mapping[str, object] = {
     "seed": 0,
     "dtype": "bfloat16",
-    "device": "cpu",
+    "device": "auto",
     "max_num_seqs": 128,
     "max_num_batched_tokens": 4096,
 }
@@ -122,7 +122,7 @@ def own_engine(options: RolloutOptions, prompts: PromptFile) -> SampleSource:
             f"{named}: for --engine vllm or sglang, and the engine is routing-replay; leave out, or name the engine"
         )
     given = _given(options)
-    usable_device(str(given["device"]))
+    given["device"] = str(usable_device(str(given["device"])))
     config, params = _settings(given, len(prompts.names))
     llm = LLM(
         model_folder(options.model),
@@ -146,4 +146,4 @@ def own_engine(options: RolloutOptions, prompts: PromptFile) -> SampleSource:
     unused = {"json", "output", "prompts", *_FOREIGN}
     facts = {name: value for name, value in given.items() if name not in unused}
     mode = str(llm.core.config.engine.logprobs_mode)
-    return SampleSource(facts={**facts, "logprobs_mode": mode}, samples=samples, close=lambda: None)
+    return SampleSource(facts={**facts, "logprobs_mode": mode}, samples=samples, close=llm.close)

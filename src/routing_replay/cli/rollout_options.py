@@ -95,7 +95,7 @@ class RolloutOptions:
     """The engine's precision; bfloat16 if not given, and vLLM's own choice with vLLM."""
 
     device: str | None = None
-    """A torch device; cpu if not given."""
+    """A torch device; a GPU where torch sees one, else cpu, if not given."""
 
     max_num_seqs: int | None = None
     """Most completions that run at once; 128 if not given, and vLLM's own choice with vLLM."""

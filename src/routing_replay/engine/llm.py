@@ -40,7 +40,7 @@ class LLM:
         model: A Hugging Face Qwen3-MoE folder, or the name of one on the hub; one without a tokenizer takes token-id
             prompts.
         dtype: `"bfloat16"` or `"float32"`.
-        device: A torch device.
+        device: A torch device; `"auto"` takes a GPU where torch sees one, else the CPU.
         enable_return_routed_experts: Capture the routing of every request; None leaves it to `config`.
         config: All other settings.
 
@@ -55,7 +55,7 @@ class LLM:
         model: str | Path,
         *,
         dtype: str = "bfloat16",
-        device: str = "cpu",
+        device: str = "auto",
         enable_return_routed_experts: bool | None = None,
         config: EngineConfig | None = None,
     ) -> None:
