@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from _support.tiny_models import TinyShape, save_tiny_model
 from routing_replay import LLM, RequestOutput, SamplingParams
+from routing_replay.assets import tiny_moe_path
 from routing_replay.capture.staging import CpuStaging
 from routing_replay.engine import EngineConfig
 from routing_replay.errors import CaptureError, ConfigError, EngineStoppedError
@@ -323,3 +324,26 @@ def test_recovery_clears_what_a_launch_has_left_half_done(folder: Path):
     assert output.finish_reason == "error"
     assert model.workspace.tolist() == [0] * 8
     assert model.workspace.data_ptr() == address, "graphs hold the address"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's memory and graphs")
+@pytest.mark.parametrize("level", [1, 2])
+def test_gpu_gives_its_memory_back_and_records_its_graphs_again(level: int):
+    config = EngineConfig(block_size=16, max_num_seqs=8, batch_invariant=True, kv_cache_memory_bytes=1 << 28)  # fmt: skip
+    before = torch.cuda.memory_allocated()
+    with LLM(tiny_moe_path(), device="cuda", enable_return_routed_experts=True, config=config) as llm:  # fmt: skip
+        expected = _told(llm.generate(PROMPTS, GREEDY))
+        graphs = llm.core.runner.graphs
+        assert graphs is not None
+        recorded, awake = set(graphs.recorded), torch.cuda.memory_allocated() - before
+        for _ in range(2):
+            llm.sleep(level)
+            assert not graphs.recorded
+            assert _device_bytes(llm) == 0
+            assert torch.cuda.memory_allocated() - before < awake / 2
+            llm.wake_up()
+            if level == 2:
+                llm.load_weights(tiny_moe_path(), weights_version=1)
+            assert set(graphs.recorded) == recorded
+            assert _told(llm.generate(PROMPTS, GREEDY)) == expected
