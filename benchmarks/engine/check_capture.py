@@ -246,7 +246,7 @@ class StandInEngine:
 
     def _finish(self, request: Running) -> None:
         num_rows = len(request.rows)
-        trace = self.pipeline.finish(request.name, list(range(num_rows + 1)))
+        trace = self.pipeline.finish(request.name, list(range(num_rows + 1))).trace
         self.pipeline.free(request.name)
         self._free += [block.block_id for block in request.blocks]
         expected = expected_rows(np.array(request.seeds), np.array(request.rows))

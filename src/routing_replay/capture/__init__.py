@@ -2,6 +2,7 @@
 
 from routing_replay.capture.bad_rows import describe_bad_row
 from routing_replay.capture.canary import canary_ids, check_canary
+from routing_replay.capture.captured_rows import CapturedRows
 from routing_replay.capture.device_cache import DeviceCache, RoutingSpec, StepRows
 from routing_replay.capture.host_cache import HostCache
 from routing_replay.capture.pending import StepTicket
@@ -18,6 +19,7 @@ __all__ = [
     "BlockRef",
     "CapturePipeline",
     "CaptureStats",
+    "CapturedRows",
     "CudaStaging",
     "DeviceCache",
     "HostCache",

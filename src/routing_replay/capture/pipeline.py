@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from routing_replay.capture.captured_rows import CapturedRows
 from routing_replay.capture.device_cache import DeviceCache
 from routing_replay.capture.executor import Executor, InlineExecutor, ThreadExecutor
 from routing_replay.capture.host_cache import HostCache
@@ -16,7 +17,6 @@ from routing_replay.capture.pending import PendingWork, StepTicket
 from routing_replay.capture.row_span import BlockRef, RowSpan, pieces_of
 from routing_replay.capture.staging import Staging, make_staging
 from routing_replay.errors import CaptureError, ConfigError
-from routing_replay.trace import RoutingTrace
 
 __all__ = ["CapturePipeline", "CaptureStats", "UncachedPrefix"]
 
@@ -255,21 +255,20 @@ class CapturePipeline:
         self._executor.wait(self._pending.last_number(request_id))
         return self.host_cache.num_rows(request_id)
 
-    def finish(self, request_id: str, token_ids: Sequence[int]) -> RoutingTrace:
-        """Assemble the trace of a request that has ended; waits for its own rows, not for later steps.
+    def finish(self, request_id: str, token_ids: Sequence[int]) -> CapturedRows:
+        """Take the rows of a request that has ended; waits for its own rows, not for later steps.
 
         Args:
             request_id: The request; call `free` afterwards.
             token_ids: All its tokens; the last one was never an input and has no row. Rows past them are not returned.
 
         Returns:
-            A trace of `len(token_ids) - 1` rows, each with the version of the weights that computed it. It is complete
-            except, under `UncachedPrefix.MISSING`, for rows of a prefix hit that were not here.
+            A copy of `len(token_ids) - 1` rows, whose `trace` has for each the version of the weights that computed it. It
+            is complete except, under `UncachedPrefix.MISSING`, for rows of a prefix hit that were not here.
 
         Raises:
             CaptureError: The request has failed, a row never arrived, or the thread that collects has ended.
         """
-        spec = self.device_cache.spec
         num_rows = len(token_ids) - 1
         self._executor.wait(self._pending.last_number(request_id, num_rows))
         failure = self._host_side.failed.get(request_id)
@@ -283,19 +282,7 @@ class CapturePipeline:
                 f"request {request_id!r}: {len(lost)} of {len(rows.valid)} routing rows never arrived, the first "
                 f"for token index {lost[0]}; send the request again and report this"
             )
-        versions = rows.weights_version
-        starts = np.flatnonzero(np.diff(versions, prepend=versions[:1] - 1))
-        trace = RoutingTrace.from_rows(
-            rows.ids,
-            token_ids=token_ids,
-            layer_ids=spec.layer_ids,
-            num_layers=spec.num_layers,
-            num_experts=spec.num_experts,
-            valid=rows.valid,
-            weights_version=[(int(start), int(versions[start])) for start in starts],
-        )
-        trace.validate()
-        return trace
+        return CapturedRows(self.device_cache.spec, token_ids, rows)
 
     def free(self, request_id: str) -> None:
         """Forget a request, finished, failed or aborted; rows that are still on their way are dropped.

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from routing_replay.capture import CapturedRows
 from routing_replay.engine.accepting import accept_samples
 from routing_replay.engine.config import EngineConfig, resolve_config
 from routing_replay.engine.drafting import drafter_of
@@ -32,11 +33,16 @@ class FinishedRequest:
 
     Attributes:
         request: The request.
-        trace: Its routing; None without capture, or where it failed or never computed a token.
+        captured: Its rows; None without capture, or where it failed or never computed a token.
     """
 
     request: Request
-    trace: RoutingTrace | None
+    captured: CapturedRows | None
+
+    @property
+    def trace(self) -> RoutingTrace | None:
+        """Its routing, made of the rows when it is first asked for."""
+        return None if self.captured is None else self.captured.trace
 
 
 class EngineCore:
@@ -393,7 +399,7 @@ class EngineCore:
 
     def _finish(self, request: Request) -> FinishedRequest:
         pipeline = self.runner.pipeline
-        trace: RoutingTrace | None = None
+        captured: CapturedRows | None = None
         if pipeline is not None and request.error is None:
             # An aborted request may not have come to its last token; what it has is returned.
             num_tokens = len(request.token_ids)
@@ -401,11 +407,11 @@ class EngineCore:
                 num_tokens = min(num_tokens, pipeline.num_rows(request.request_id) + 1)
             try:
                 if num_tokens > 1:
-                    trace = pipeline.finish(request.request_id, request.token_ids[:num_tokens])
+                    captured = pipeline.finish(request.request_id, request.token_ids[:num_tokens])
             except CaptureError as error:
                 request.fail(error)
         self._forget(request)
-        return FinishedRequest(request, trace)
+        return FinishedRequest(request, captured)
 
     def _forget(self, request: Request) -> None:
         if self.runner.pipeline is not None:

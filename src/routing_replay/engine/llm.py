@@ -381,7 +381,7 @@ class LLM:
             finish_reason=request.finish_reason or "error",
             stop_reason=request.stop_reason,
             error=request.error,
-            captured=finished.trace,
+            captured=finished.captured,
         )
 
     def _text_of(self, request: Request) -> str:

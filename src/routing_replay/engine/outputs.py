@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from routing_replay.capture import CapturedRows
 from routing_replay.errors import ConfigError, RoutingReplayError
 from routing_replay.trace import RoutingTrace
 
@@ -37,7 +38,7 @@ class CompletionOutput:
         finish_reason: `"stop"`, `"length"`, `"abort"`, or `"error"`.
         stop_reason: The token or string that ended the output, if it is not the model's own end token.
         error: Why the request failed, if it did.
-        captured: The trace, if capture was on and the request did not fail.
+        captured: Its rows, if capture was on and the request did not fail; `routing` makes the trace of them.
     """
 
     index: int
@@ -48,11 +49,11 @@ class CompletionOutput:
     finish_reason: str
     stop_reason: int | str | None = None
     error: RoutingReplayError | None = None
-    captured: RoutingTrace | None = None
+    captured: CapturedRows | None = None
 
     @property
     def routing(self) -> RoutingTrace:
-        """The trace of prompt and completion: a row for every token but the last.
+        """The trace of prompt and completion: a row for every token but the last; made when it is first asked for.
 
         Raises:
             RoutingReplayError: The request failed; this is its error.
@@ -64,7 +65,7 @@ class CompletionOutput:
             raise ConfigError(
                 "routing was not captured; make the engine with LLM(..., enable_return_routed_experts=True)"
             )
-        return self.captured
+        return self.captured.trace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,7 +128,7 @@ class _RandomEngine:
 
     def trace(self, rig: Rig, request: _Request) -> tuple[np.ndarray, object]:
         num_rows = rig.pipeline.num_rows(request.name)
-        trace = rig.pipeline.finish(request.name, list(range(num_rows + 1)))
+        trace = rig.pipeline.finish(request.name, list(range(num_rows + 1))).trace
         return trace.ids, trace.weights_version
 
 

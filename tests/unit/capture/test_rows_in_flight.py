@@ -50,7 +50,7 @@ def test_rows_of_interleaved_requests_come_back_exactly(rigs: list[Rig], num_slo
                 lengths[name] += count
         rig.step(*spans, version=version, num_padding=int(rng.integers(0, 3)))
     for name, length in lengths.items():
-        trace = rig.pipeline.finish(name, _tokens(length))
+        trace = rig.pipeline.finish(name, _tokens(length)).trace
         assert np.array_equal(trace.ids, rows_of(name, length))
         assert trace.is_complete
     rig.pipeline.drain()
@@ -76,7 +76,7 @@ def test_full_ring_delays_the_submitter_alone_and_is_counted(rigs: list[Rig]):
     assert rig.pipeline.stats.full_ring_waits == 1
     assert 0.1 < rig.pipeline.stats.full_ring_seconds < LIMIT_SECONDS
     rig.staging.open()
-    assert np.array_equal(rig.pipeline.finish("a", _tokens(3)).ids, rows_of("a", 3))
+    assert np.array_equal(rig.pipeline.finish("a", _tokens(3)).trace.ids, rows_of("a", 3))
 
 
 def test_copies_that_arrive_out_of_order_are_taken_in_order(rigs: list[Rig]):
@@ -102,14 +102,14 @@ def test_finish_waits_for_its_own_rows_and_returns_none_past_them(rigs: list[Rig
     rig.step(span("a", 3, 1, block))  # one token past the end, never to arrive in this test
     opener = threading.Timer(0.1, rig.staging.gates[0].set)
     opener.start()
-    trace = rig.pipeline.finish("a", _tokens(3))
+    trace = rig.pipeline.finish("a", _tokens(3)).trace
     opener.join()
     assert np.array_equal(trace.ids, rows_of("a", 3))
     assert not rig.staging.gates[1].is_set()
     rig.staging.open()
     rig.pipeline.drain()
     assert rig.pipeline.num_rows("a") == 4
-    assert rig.pipeline.finish("a", _tokens(3)).num_rows == 3
+    assert rig.pipeline.finish("a", _tokens(3)).trace.num_rows == 3
 
 
 def test_rows_from_where_a_step_runs_past_the_end_are_not_kept(rigs: list[Rig]):
@@ -136,12 +136,12 @@ def test_rows_of_rejected_drafts_give_way_to_those_of_the_tokens_that_follow(rig
     rig.step(span("a", 2, 3, blocks), seed=2, version=9)
     rig.staging.open()
     assert rig.pipeline.num_rows("a") == 5
-    trace = rig.pipeline.finish("a", _tokens(5))
+    trace = rig.pipeline.finish("a", _tokens(5)).trace
     expected = np.concatenate([rows_of("a", 2, seed=1), rows_of("a", 5, seed=2)[2:]])
     assert np.array_equal(trace.ids, expected)
     assert trace.weights_version == ((0, 0), (2, 9))
     rig.pipeline.begin("hit", blocks[:1], BLOCK)
-    assert np.array_equal(rig.pipeline.finish("hit", _tokens(4)).ids, expected[:4])
+    assert np.array_equal(rig.pipeline.finish("hit", _tokens(4)).trace.ids, expected[:4])
 
 
 def test_request_freed_between_submit_and_arrival_leaves_nothing_behind(rigs: list[Rig]):
@@ -157,7 +157,7 @@ def test_request_freed_between_submit_and_arrival_leaves_nothing_behind(rigs: li
     rig.staging.open()
     assert dict(rig.pipeline.errors(late)) == {}
     assert rig.pipeline.num_rows("a") == 2
-    assert np.array_equal(rig.pipeline.finish("a", _tokens(2)).ids, rows_of("a", 2, seed=2))
+    assert np.array_equal(rig.pipeline.finish("a", _tokens(2)).trace.ids, rows_of("a", 2, seed=2))
     rig.pipeline.free("a")
     rig.pipeline.drain()
     assert rig.host_cache.num_requests == 0
@@ -180,7 +180,7 @@ def test_prefix_hit_uses_blocks_whose_rows_are_on_their_way(rigs: list[Rig]):
     assert rig.pipeline.num_usable_blocks(blocks_at(3, epoch=2)) == 0
     rig.pipeline.begin("hit", blocks[:2], 2 * BLOCK)
     rig.staging.open()
-    assert np.array_equal(rig.pipeline.finish("hit", _tokens(8)).ids, rows_of("a", 8))
+    assert np.array_equal(rig.pipeline.finish("hit", _tokens(8)).trace.ids, rows_of("a", 8))
     assert rig.pipeline.num_usable_blocks(blocks) == 2
 
 
@@ -196,10 +196,10 @@ def test_fork_copies_rows_that_are_on_their_way(rigs: list[Rig]):
     for block in (blocks[0], fork, second):
         assert rig.pipeline.num_usable_blocks([block]) == 1
     rig.staging.open()
-    rows = rig.pipeline.finish("child", _tokens(4)).ids
+    rows = rig.pipeline.finish("child", _tokens(4)).trace.ids
     assert np.array_equal(rows, np.concatenate([rows_of("a", 3), rows_of("child", 4)[3:]]))
     rig.pipeline.begin("hit", [second], BLOCK)
-    assert np.array_equal(rig.pipeline.finish("hit", _tokens(4)).ids, rows)
+    assert np.array_equal(rig.pipeline.finish("hit", _tokens(4)).trace.ids, rows)
 
 
 def test_prefix_whose_rows_turn_out_bad_fails_the_request_that_hit_it(rigs: list[Rig]):
@@ -230,7 +230,7 @@ def test_failed_request_stays_failed_until_it_is_freed(rigs: list[Rig]):
     with pytest.raises(CaptureError, match="token index 1: decoder layer 2"):
         rig.pipeline.finish("a", _tokens(3))
     assert not rig.host_cache.held_rows(block[0]).any()
-    assert np.array_equal(rig.pipeline.finish("b", _tokens(3)).ids, rows_of("b", 3))
+    assert np.array_equal(rig.pipeline.finish("b", _tokens(3)).trace.ids, rows_of("b", 3))
     rig.pipeline.free("a")
     rig.pipeline.begin("a", (), 0)
     assert dict(rig.pipeline.errors(rig.step(span("a", 0, 2, block)))) == {}
@@ -245,9 +245,9 @@ def test_preempted_request_keeps_its_rows_while_they_are_on_their_way(rigs: list
     rig.step(span("a", 0, 5, again), seed=2)
     rig.staging.open()
     expected = np.concatenate([rows_of("a", 4, seed=1), rows_of("a", 5, seed=2)[4:]])
-    assert np.array_equal(rig.pipeline.finish("a", _tokens(5)).ids, expected)
+    assert np.array_equal(rig.pipeline.finish("a", _tokens(5)).trace.ids, expected)
     rig.pipeline.begin("hit", again[:1], BLOCK)
-    assert np.array_equal(rig.pipeline.finish("hit", _tokens(4)).ids, rows_of("a", 4, seed=2))
+    assert np.array_equal(rig.pipeline.finish("hit", _tokens(4)).trace.ids, rows_of("a", 4, seed=2))
 
 
 def test_step_may_be_changed_by_its_owner_once_it_is_submitted(rigs: list[Rig]):
@@ -276,7 +276,7 @@ def test_missing_rows_of_a_prefix_are_marked_where_the_policy_says_so(rigs: list
     assert rig.pipeline.num_usable_blocks(blocks[:1]) == 1
     rig.pipeline.begin("a", blocks[:1], BLOCK)
     rig.step(span("a", 4, 2, blocks))
-    trace = rig.pipeline.finish("a", _tokens(6))
+    trace = rig.pipeline.finish("a", _tokens(6)).trace
     assert trace.valid.tolist() == [False] * 4 + [True] * 2
     assert np.array_equal(trace.ids[4:], [ids_of("a", 4), ids_of("a", 5)])
 
@@ -331,7 +331,7 @@ def test_close_finishes_what_was_asked_for_and_takes_no_more(rigs: list[Rig]):
     threading.Timer(0.05, rig.staging.open).start()
     rig.pipeline.close()
     assert np.array_equal(rig.host_cache.take("a", 3).ids, rows_of("a", 3))
-    assert rig.pipeline.finish("a", _tokens(3)).num_rows == 3  # its rows are here
+    assert rig.pipeline.finish("a", _tokens(3)).trace.num_rows == 3  # its rows are here
     with pytest.raises(CaptureError, match="pipeline is closed"):
         rig.pipeline.begin("b", (), 0)
 
