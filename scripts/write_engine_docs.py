@@ -32,6 +32,8 @@ def source_line(name: str, record: Row, *, more: str = "") -> str:
     versions = f"torch {record['torch']}"
     if "triton" in record:
         versions += f", Triton {record['triton']}"
+    if "note" in record:
+        more += f"; {record['note']}"
     return f"{device}, {versions}, commit {str(record['commit'])[:12]}{more}; [{name}](results/{name}).\n"
 
 

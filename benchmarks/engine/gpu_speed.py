@@ -22,7 +22,7 @@ import torch
 import triton
 
 from routing_replay import LLM, SamplingParams
-from routing_replay.engine import EngineConfig
+from routing_replay.engine import EngineConfig, FinishedRequest
 from routing_replay.engine.graphs import DecodeGraphs
 from routing_replay.engine.runner import ModelRunner
 
@@ -45,14 +45,16 @@ class Turn:
     Attributes:
         seconds: From the first request to the last token.
         tokens: Generated.
-        step_ms: Median time of a decode step with every request running.
+        step_ms: Median time of a decode step with every request running; None where there is none.
         host_us_per_token: CPU time of the process for each token.
+        trace_us_per_row: Time to make the traces afterwards, which no step waits for, for each row of them.
     """
 
     seconds: float
     tokens: int
-    step_ms: float
+    step_ms: float | None
     host_us_per_token: float
+    trace_us_per_row: float | None
 
 
 def make_llm(arguments: argparse.Namespace, folder: Path) -> LLM:
@@ -97,9 +99,10 @@ def run(llm: LLM, runner: ModelRunner, count: int, length: int, new: int, seed: 
     started, cpu = time.perf_counter(), time.process_time()
     for request in requests:
         core.scheduler.add(request)
-    num_finished = 0
+    num_finished, ended = 0, list[FinishedRequest]()
     while core.has_work:
         finished = core.step()
+        ended += finished
         failed = next((item.request.error for item in finished if item.request.error), None)
         if failed is not None:
             raise failed
@@ -111,8 +114,21 @@ def run(llm: LLM, runner: ModelRunner, count: int, length: int, new: int, seed: 
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     steps = [after - before for before, after in itertools.pairwise(ends)]
     tokens = count * new
-    step_ms = 1e3 * statistics.median(steps) if steps else float("nan")
-    return Turn(seconds, tokens, step_ms, 1e6 * cpu / tokens)
+    step_ms = 1e3 * statistics.median(steps) if steps else None
+    return Turn(seconds, tokens, step_ms, 1e6 * cpu / tokens, trace_time(ended))
+
+
+def trace_time(ended: list[FinishedRequest]) -> float | None:
+    """Microseconds of a row to make the traces; None without capture."""
+    started = time.perf_counter()
+    rows = sum(item.trace.num_rows for item in ended if item.trace is not None)
+    return 1e6 * (time.perf_counter() - started) / rows if rows else None
+
+
+def median_of(values: list[float | None], digits: int) -> float | None:
+    """The median, rounded; None where nothing was measured."""
+    found = [value for value in values if value is not None]
+    return round(statistics.median(found), digits) if found else None
 
 
 def kernel_times(llm: LLM, runner: ModelRunner, count: int) -> dict[str, object]:
@@ -195,7 +211,8 @@ def compare(llm: LLM, pair: tuple[ModelRunner, ModelRunner], count: int, shape: 
         record[name] = {
             "tokens_per_second": round(statistics.median(turn.tokens / turn.seconds for turn in found), 1),
             "seconds": round(statistics.median(turn.seconds for turn in found), 4),
-            "decode_step_ms": round(statistics.median(turn.step_ms for turn in found), 4),
+            "decode_step_ms": median_of([turn.step_ms for turn in found], 4),
+            "trace_us_per_row": median_of([turn.trace_us_per_row for turn in found], 2),
             "host_us_per_token": round(statistics.median(turn.host_us_per_token for turn in found), 1),
         }  # fmt: skip
     if new > 1:
