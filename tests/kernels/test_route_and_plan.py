@@ -207,3 +207,9 @@ def test_dependent_launches_wait_before_they_load(tmp_path: Path):
     assert len(found) == 12
     for name, (count, waits_first) in found.items():
         assert (count, waits_first) == (2, True) if name.endswith("True") else count == 0, name
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_workspace_for_no_expert_is_refused(count: int):
+    with pytest.raises(ConfigError, match=f"num_local_experts={count}; accepted is 1 or more"):
+        route_and_plan_workspace(count, device="cpu")

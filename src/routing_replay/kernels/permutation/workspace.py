@@ -39,8 +39,15 @@ def route_and_plan_workspace(num_local_experts: int, *, device: torch.device | s
     Returns:
         int32 zeros, about 72 bytes for each expert.
 
+    Raises:
+        ConfigError: There is no expert.
+
     Runtime: one allocation and its filling with zeros; call it once, outside of CUDA graphs.
     """
+    if num_local_experts < 1:
+        raise ConfigError(
+            f"num_local_experts={num_local_experts}; accepted is 1 or more, the experts on this rank"
+        )
     return torch.zeros(_words(num_local_experts), dtype=torch.int32, device=device)
 
 
