@@ -27,7 +27,7 @@ demo: $(VENV)/.demo-installed ## capture, compare, replay, prove: the whole idea
 	$(BIN)/routing-replay demo
 
 test: $(VENV)/.dev-installed ## run the tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-wheel: $(VENV)/.created ## build the wheel, and use it where numpy alone is installed
 	$(BIN)/python scripts/check_wheel.py

@@ -13,12 +13,15 @@ from routing_replay import kernels
 from routing_replay.kernels import (
     RoutingMethod,
     RoutingMethodType,
+    add_rms_norm,
     bf16_moe,
     bf16_routed_moe,
     fused_topk_deepseek,
     gate_first,
     gather_rows,
     linear,
+    norm_rotate_store,
+    paged_attention,
     plan_permutation,
     route,
     route_and_plan,
@@ -101,6 +104,33 @@ def _linear(**changes: object) -> Arguments:
     return {"x": torch.randn(T, H), "weight": torch.randn(INNER, H), **changes}
 
 
+def _norm(**changes: object) -> Arguments:
+    return {
+        "x": torch.randn(T, H),
+        "residual": torch.randn(T, H),
+        "weight": torch.ones(H),
+        "eps": 1e-6,
+        **changes,
+    }
+
+
+def _attention(**changes: object) -> Arguments:
+    return {
+        "query": torch.randn(T, 2, H), "kv_cache": torch.randn(2, 3, 4, 1, H), "block_tables": torch.zeros(1, 2, dtype=int32),
+        "query_starts": torch.tensor([0, T], dtype=int32), "context_lens": torch.tensor([T], dtype=int32),
+        "max_query_len": T, **changes,
+    }  # fmt: skip
+
+
+def _rotary(**changes: object) -> Arguments:
+    return {
+        "qkv": torch.randn(T, 4 * H), "q_weight": torch.ones(H), "k_weight": torch.ones(H), "eps": 1e-6,
+        "cos": torch.ones(9, H), "sin": torch.zeros(9, H), "positions": torch.arange(T),
+        "kv_cache": torch.full((2, 3, 4, 1, H), 7.0), "slot_mapping": torch.arange(T), "num_heads": 2, "num_kv_heads": 1,
+        **changes,
+    }  # fmt: skip
+
+
 OPS: dict[str, tuple[Callable[..., object], Callable[..., Arguments]]] = {
     "route": (route, _route),
     "bf16_moe": (bf16_moe, _moe),
@@ -112,6 +142,9 @@ OPS: dict[str, tuple[Callable[..., object], Callable[..., Arguments]]] = {
     "route_and_plan": (route_and_plan, _both),
     "route_and_plan_workspace": (route_and_plan_workspace, _workspace),
     "gate_first": (gate_first, _up_first),
+    "add_rms_norm": (add_rms_norm, _norm),
+    "paged_attention": (paged_attention, _attention),
+    "norm_rotate_store": (norm_rotate_store, _rotary),
 }
 
 FAULTS = (
@@ -131,6 +164,8 @@ NOT_APPLICABLE = {
     ("plan_permutation", "E > int16"): "its ids are int32",
     **dict.fromkeys([("linear", fault) for fault in ("stride", "rows", "groups", "K > E", "EP range", "E > int16")],
                     "torch's own GEMM, any rows and strides, no experts"),
+    **dict.fromkeys([(op, fault) for op in ("add_rms_norm", "paged_attention", "norm_rotate_store")
+                     for fault in ("groups", "K > E", "bias", "EP range", "E > int16")], "has no experts"),
 }  # fmt: skip
 
 BAD: list[tuple[str, str, Callable[[], Arguments], str]] = [
@@ -240,6 +275,31 @@ BAD: list[tuple[str, str, Callable[[], Arguments], str]] = [
     ("linear", "columns", lambda: _linear(weight=torch.zeros(INNER, H + 1)), r"x has shape \(4, 16\), expected \[num_rows, 17\]"),
     ("linear", "device", lambda: _linear(weight=torch.zeros(INNER, H, device=META)), "weight is on meta, x on cpu"),
     ("linear", "bias", lambda: _linear(bias=torch.zeros(INNER + 1)), r"bias has shape \(13,\), expected \[12\]"),
+
+    ("add_rms_norm", "dtype", lambda: _norm(x=torch.zeros(T, H, dtype=torch.float64)), r"x is torch.float64 of shape \(4, 16\); accepted is bfloat16"),
+    ("add_rms_norm", "dtype", lambda: _norm(weight=torch.ones(H).half()), r"weight is torch.float16 of shape \(16,\); accepted is torch.float32 \[16\]"),
+    ("add_rms_norm", "rank", lambda: _norm(x=torch.zeros(H)), r"x is torch.float32 of shape \(16,\)"),
+    ("add_rms_norm", "rows", lambda: _norm(residual=torch.zeros(3, H)), r"residual is torch.float32 of shape \(3, 16\); accepted is torch.float32 \[4, 16\]"),
+    ("add_rms_norm", "columns", lambda: _norm(weight=torch.ones(H + 1)), r"weight is torch.float32 of shape \(17,\)"),
+    ("add_rms_norm", "stride", lambda: _norm(residual=torch.zeros(H, T).t()), r"residual has strides \(1, 4\)"),
+    ("add_rms_norm", "device", lambda: _norm(residual=torch.zeros(T, H, device=META)), "residual is on meta, x on cpu"),
+
+    ("paged_attention", "dtype", lambda: _attention(query=torch.zeros(T, 2, H, dtype=torch.float64)), "query is torch.float64"),
+    ("paged_attention", "dtype", lambda: _attention(block_tables=torch.zeros(1, 2)), "block_tables is torch.float32 .* accepted is int32 or int64"),
+    ("paged_attention", "rank", lambda: _attention(query=torch.zeros(T, H)), r"query is torch.float32 of shape \(4, 16\)"),
+    ("paged_attention", "rows", lambda: _attention(block_tables=torch.zeros(2, 2, dtype=int32)), r"block_tables is torch.int32 of shape \(2, 2\)"),
+    ("paged_attention", "columns", lambda: _attention(kv_cache=torch.zeros(2, 3, 4, 1, H + 1)), r"kv_cache is torch.float32 of shape \(2, 3, 4, 1, 17\)"),
+    ("paged_attention", "columns", lambda: _attention(kv_cache=torch.zeros(2, 3, 4, 3, H)), "query has 2 heads, kv_cache 3; the first must be a multiple"),
+    ("paged_attention", "stride", lambda: _attention(kv_cache=torch.zeros(2, 4, 3, 1, H).transpose(1, 2)), "kv_cache has strides"),
+    ("paged_attention", "device", lambda: _attention(kv_cache=torch.zeros(2, 3, 4, 1, H, device=META)), "query is on cpu, another argument on meta"),
+
+    ("norm_rotate_store", "dtype", lambda: _rotary(positions=torch.zeros(T, dtype=int32)), r"positions is torch.int32 of shape \(4,\); accepted is torch.int64"),
+    ("norm_rotate_store", "rank", lambda: _rotary(qkv=torch.zeros(4 * H)), r"qkv is torch.float32 of shape \(64,\)"),
+    ("norm_rotate_store", "rows", lambda: _rotary(slot_mapping=torch.arange(3)), r"slot_mapping is torch.int64 of shape \(3,\); accepted is torch.int64 \[4\]"),
+    ("norm_rotate_store", "columns", lambda: _rotary(cos=torch.ones(9, 15)), r"cos has shape \(9, 15\); accepted is \[P, D\] with an even D"),
+    ("norm_rotate_store", "columns", lambda: _rotary(kv_cache=torch.zeros(2, 3, 4, 2, H)), r"kv_cache is torch.float32 of shape \(2, 3, 4, 2, 16\)"),
+    ("norm_rotate_store", "stride", lambda: _rotary(sin=torch.zeros(H, 9).t()), r"sin has strides \(1, 9\)"),
+    ("norm_rotate_store", "device", lambda: _rotary(cos=torch.ones(9, H, device=META)), "cos is on meta, qkv on cpu"),
 ]  # fmt: skip
 
 
@@ -273,6 +333,8 @@ def test_good_arguments_are_taken(op: str):
     function(**arguments)
     written = {n for n, x in before.items() if not torch.equal(x, arguments[n])}  # pyright: ignore[reportArgumentType]
     outputs = {"routing_replay_out", "output", "topk_values", "topk_indices", "rows_out", "flags_out", "cache"}  # fmt: skip
+    if op == "norm_rotate_store":
+        outputs = {"kv_cache"}
     assert written == outputs & set(before)
 
 
