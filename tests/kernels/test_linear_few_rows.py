@@ -1,5 +1,6 @@
 """A few rows times a weight: the interpreted kernel equals plain torch, and who takes it is decided by shapes alone."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from routing_replay.errors import ConfigError
-from routing_replay.kernels import add_rms_norm, linear, norm_linear
+from routing_replay.kernels import add_rms_norm, l1_cache, linear, norm_linear
 from routing_replay.kernels.linear import takes_few_rows
 from routing_replay.kernels.linear.few_rows import (
     FEW_ROWS,
@@ -114,3 +115,26 @@ def test_norm_is_in_place_where_it_pays(rows: int, columns: int, is_in_place: bo
 def test_tile_refuses_bad_sizes(changes: dict[str, int]):
     with pytest.raises(ConfigError, match="accepted are powers of two"):
         FewRowsTile(**{"columns": 4, "warps": 4, **changes})
+
+
+def test_driver_is_asked_once_for_a_kernel(monkeypatch: pytest.MonkeyPatch):
+    class Driver:
+        def __init__(self) -> None:
+            self.asked: list[tuple[int | None, int, int]] = []
+
+        def cuFuncSetAttribute(self, function: ctypes.c_void_p, attribute: int, value: int) -> None:
+            self.asked.append((function.value, attribute, value))
+
+    class Compiled:
+        def __init__(self, function: int) -> None:
+            self.function = function
+
+    driver = Driver()
+    monkeypatch.setattr(l1_cache, "_driver", lambda: driver)
+    for kernel in (Compiled(0xA11CE), None, Compiled(0xB0B), Compiled(0xA11CE)):
+        l1_cache.prefer_l1_cache(kernel)
+    preferred_carveout, most_l1 = 9, 0  # of cuda.h
+    assert driver.asked == [
+        (0xA11CE, preferred_carveout, most_l1),
+        (0xB0B, preferred_carveout, most_l1),
+    ]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from routing_replay.kernels.l1_cache import prefer_l1_cache
 from routing_replay.kernels.linear.few_rows import FewRowsTile, choose_few_rows_tile
 from routing_replay.kernels.overlap_triton import let_next_start, wait_for_earlier_memory
 
@@ -139,7 +140,7 @@ def launch_few_rows(
     """
     num_rows, width = x.shape
     num_columns = weight.shape[0]
-    _few_rows_kernel[(triton.cdiv(num_columns, tile.columns),)](
+    kernel = _few_rows_kernel[(triton.cdiv(num_columns, tile.columns),)](
         x,
         residual,
         norm_weight,
@@ -163,6 +164,7 @@ def launch_few_rows(
         num_warps=tile.warps,
         launch_pdl=overlap,
     )
+    prefer_l1_cache(kernel)
 
 
 def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]:
