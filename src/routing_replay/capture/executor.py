@@ -13,7 +13,7 @@ __all__ = ["Executor", "InlineExecutor", "ThreadExecutor"]
 _CHECK_SECONDS = 0.5
 """How often a waiting caller makes sure that the thread still lives: a thread lost to a fork sets no flag."""
 
-Work = Callable[[], None]
+Work = Callable[[], object]
 
 
 class Executor(Protocol):

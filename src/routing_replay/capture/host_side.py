@@ -8,7 +8,7 @@ from routing_replay.capture.device_cache import RoutingSpec
 from routing_replay.capture.host_cache import HostCache
 from routing_replay.capture.pending import StepTicket
 from routing_replay.capture.row_span import BlockRef
-from routing_replay.capture.staging import Staging
+from routing_replay.capture.staging import HostRows, Staging
 from routing_replay.errors import CaptureError
 
 __all__ = ["HostSide"]
@@ -56,12 +56,15 @@ class HostSide:
         except CaptureError as error:
             self.failed[request_id] = error
 
-    def collect(self, ticket: StepTicket, slot: int) -> None:
+    def collect(self, ticket: StepTicket, slot: int) -> HostRows:
         """Wait for a step's rows and give them to their requests.
 
         Args:
             ticket: The step; its errors are set, and its pieces are those without an error.
             slot: Where its rows arrive.
+
+        Returns:
+            The rows, as they lie in the slot.
         """
         arrived = self._staging.wait(slot, ticket.num_rows)
         started = time.thread_time()
@@ -77,6 +80,7 @@ class HostSide:
             ticket.errors, ticket.pieces = errors, pieces
         self._host_cache.append_step(pieces, arrived.rows, weights_version=ticket.weights_version)
         self.seconds += time.thread_time() - started
+        return arrived
 
     def place(self, ticket: StepTicket, slot: int) -> None:
         """Give a step's rows, which have arrived, to the KV blocks of their tokens.
@@ -85,12 +89,7 @@ class HostSide:
             ticket: The step, collected.
             slot: Where its rows are.
         """
-        arrived = self._staging.wait(slot, ticket.num_rows)
-        started = time.thread_time()
-        self._host_cache.write_blocks(
-            ticket.pieces, arrived.rows, weights_version=ticket.weights_version
-        )
-        self.seconds += time.thread_time() - started
+        self._place(ticket, self._staging.wait(slot, ticket.num_rows))
 
     def collect_and_place(self, ticket: StepTicket, slot: int) -> None:
         """Do both at once, for a step of few rows.
@@ -99,8 +98,14 @@ class HostSide:
             ticket: The step; as for `collect`.
             slot: Where its rows arrive.
         """
-        self.collect(ticket, slot)
-        self.place(ticket, slot)
+        self._place(ticket, self.collect(ticket, slot))
+
+    def _place(self, ticket: StepTicket, arrived: HostRows) -> None:
+        started = time.thread_time()
+        self._host_cache.write_blocks(
+            ticket.pieces, arrived.rows, weights_version=ticket.weights_version
+        )
+        self.seconds += time.thread_time() - started
 
     def copy_block(self, source: BlockRef, target: BlockRef) -> None:
         """Copy the rows of a block.
