@@ -1,6 +1,7 @@
 """Responses that take their time: whole or as server-sent events, aborted when the client leaves."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 
@@ -17,7 +18,7 @@ __all__ = ["EventReply", "JsonReply"]
 _DONE = b"data: [DONE]\n\n"
 
 
-class _Reply(Response):
+class _Reply(Response, ABC):
     """Runs beside a watch on the connection: where the client leaves, the work is cancelled."""
 
     def __init__(
@@ -53,11 +54,13 @@ class _Reply(Response):
             else:
                 await error_response(error)(scope, receive, send)
 
+    @abstractmethod
     async def _run(self, llm: AsyncLLM, send: Send) -> None:
-        raise NotImplementedError
+        """Send the whole answer."""
 
+    @abstractmethod
     async def _end_with(self, error: Exception, send: Send) -> None:
-        raise NotImplementedError
+        """End an answer that has begun, because of an error."""
 
     async def _start(self, send: Send, content_type: str, headers: Mapping[str, str]) -> None:
         self.headers["content-type"] = content_type
