@@ -230,6 +230,10 @@ class StepBuilder:
         """Whether steps that no graph runs go to attention by spans on the host."""
         return self._device.type == "cpu"
 
+    def _num_blocks(self, spans: Sequence[SequenceSpan]) -> int:
+        """Blocks of the longest context."""
+        return max((-(-span.context_len // self._block_size) for span in spans), default=0)
+
     def _inputs(
         self,
         arrays: StepArrays,
@@ -254,9 +258,10 @@ class StepBuilder:
         query_starts, context_lens = tensors.query_starts, tensors.context_lens
         if shape is None and self._is_laid_out_by_spans:
             query_starts = context_lens = None
-            widest = max(-(-span.context_len // self._block_size) for span in spans)
-            block_tables = block_tables[:, :widest].long()
-            mask = np.arange(widest * self._block_size) < arrays.context_lens[:num_decodes, None]
+            block_tables = block_tables[:, : self._num_blocks(spans)].long()
+            # A long prompt beside them does not make the decodes' padding longer.
+            widest = self._num_blocks(spans[:num_decodes]) * self._block_size
+            mask = np.arange(widest) < arrays.context_lens[:num_decodes, None]
             decode_mask = torch.from_numpy(mask[:, None, None, :])
         return StepInputs(
             token_ids=tensors.given_tokens,

@@ -58,7 +58,9 @@ def attend(
 
 def _attend_decodes(query: Tensor, kv_cache: Tensor, step: StepInputs) -> Tensor:
     """One query row per sequence `[B, heads, D]` against its padded context; the mask hides the padding."""
-    tables = step.block_tables[: step.num_decodes]
+    assert step.decode_mask is not None
+    widest = step.decode_mask.shape[-1] // kv_cache.shape[2]
+    tables = step.block_tables[: step.num_decodes, :widest]
     # index_select copies whole blocks, several times faster than indexing with a table.
     used = kv_cache.index_select(1, tables.flatten()).unflatten(1, tables.shape)
     key, value = used.flatten(2, 3).transpose(2, 3)  # [B, kv_heads, S, D] each
@@ -71,9 +73,8 @@ def _attend_decodes(query: Tensor, kv_cache: Tensor, step: StepInputs) -> Tensor
 def _attend_chunk(query: Tensor, kv_cache: Tensor, blocks: Tensor, context_len: int) -> Tensor:
     """The last rows `[n, heads, D]` of one sequence against its whole context, causally."""
     num_tokens, block_size = query.shape[0], kv_cache.shape[2]
-    used = blocks[: -(-context_len // block_size)]
-    key = kv_cache[0][used].flatten(0, 1)[:context_len].transpose(0, 1)
-    value = kv_cache[1][used].flatten(0, 1)[:context_len].transpose(0, 1)
+    used = kv_cache.index_select(1, blocks[: -(-context_len // block_size)])
+    key, value = used.flatten(1, 2)[:, :context_len].transpose(1, 2)  # [kv_heads, S, D] each
     mask = torch.ones(num_tokens, context_len, dtype=torch.bool, device=query.device)
     mask = mask.tril(diagonal=context_len - num_tokens)
     out = nn.functional.scaled_dot_product_attention(

@@ -35,7 +35,7 @@ class StepInputs:
         block_tables: int64 `[B, max_blocks]`, KV blocks of each sequence; entries past its length are 0.
         spans: One per sequence, sequences that decode (one token) first.
         num_decodes: How many spans decode.
-        decode_mask: bool `[num_decodes, 1, 1, max_blocks * block_size]`, True where a decoding row may attend.
+        decode_mask: bool `[num_decodes, 1, 1, blocks of the longest of them * block_size]`, True where a decoding row may attend.
         query_starts: int32 `[B + 1]`, row of each sequence's first token, for the paged attention op; None on the CPU.
         context_lens: int32 `[B]`, tokens of each sequence once the step has run, 0 for a sequence that pads; None on the CPU.
         max_query_len: Most tokens of one sequence in the step.
