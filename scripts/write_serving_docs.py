@@ -116,8 +116,8 @@ def stall_section(name: str, record: Row) -> Iterator[str]:
     yield (
         f"{record['context']} tokens of context, {record['model']}; {record['streams']} other streams, each case "
         f"{record['repeats']} times. Waits between tokens of those streams that overlap the request for the long context, whose "
-        "prefix is cached: one block is computed, then its rows leave. Rows leave after the time that the same request takes without "
-        "routing."
+        "prefix is cached: one step computes its last two tokens, with routing or without, then its rows leave. The last column "
+        "holds the waits that begin after that step."
     )
     yield ""
     yield from table(

@@ -167,7 +167,7 @@ def large_values() -> Iterator[Hostile]:
         {"messages": [{"role": "user", "content": "a"}] * 20_000, "max_tokens": 1}
     ).encode()
     yield Hostile("too much", "20,000 messages", post("/v1/chat/completions", turns))
-    weights = json.dumps({"folder": "/proc/self/root/" + "../" * 1000}).encode()
+    weights = json.dumps({"folder": "/" + "../" * 1000}).encode()
     yield Hostile("too much", "weights from a strange folder", post("/update_weights", weights))
 
 

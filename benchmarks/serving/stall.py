@@ -2,10 +2,12 @@
 
 python benchmarks/serving/stall.py --out docs/results/serving_stall.json
 
-The long prompt's keys, values and rows are in the prefix cache, so that a request for it computes one block and then hands
-out every row: what others wait for then is the hand-out. A row has as many bytes as one of Qwen3-30B-A3B (384: there 48 layers
-of top 8, here twelve of top 32 of 64, whose steps a CPU computes faster); the model is small and random. Watchers and the
-long request are in two processes of their own.
+The long prompt's keys, values and rows are in the prefix cache, so that a request for it computes two tokens, in one step, and
+then hands out every row. A row has as many bytes as one of Qwen3-30B-A3B (384: there 48 layers of top 8, here twelve of top
+32); the model is small and random. Watchers and the long request are in two processes of their own.
+
+What a request costs others has two parts. `gaps` are all their waits during it. The step that computes it is one of them, with or
+without routing; `while_rows_leave` are the waits that begin after that step.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import itertools
 import json
 import multiprocessing
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,14 +32,14 @@ VOCABULARY = 1024
 
 
 def save_model(folder: Path, *, layers: int, top_k: int, length: int) -> None:
-    """Write a small random model that takes long contexts."""
+    """Write a small random model that takes long contexts; each token goes to all experts, in an order of its own."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=layers,
-        num_attention_heads=1, num_key_value_heads=1, head_dim=16, num_experts=64, num_experts_per_tok=top_k,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=16, num_experts=top_k, num_experts_per_tok=top_k,
         norm_topk_prob=True, max_position_embeddings=length, initializer_range=0.2, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
@@ -93,16 +96,31 @@ def asker(
     pipe.send(asyncio.run(ask_long(address, prompt, fields)))
 
 
-def gaps_within(
-    times: Sequence[Sequence[float]], windows: Sequence[tuple[float, float]]
-) -> list[float]:
+Gap = tuple[float, float]
+
+
+def gaps_within(times: Sequence[Sequence[float]], windows: Sequence[Gap]) -> list[Gap]:
     """Return the waits between neighbouring tokens of a stream that overlap a window."""
     return [
-        later - earlier
+        (earlier, later)
         for stream in times
         for earlier, later in itertools.pairwise(stream)
         if any(earlier < end and later > begin for begin, end in windows)
     ]
+
+
+def leaving(gaps: Sequence[Gap], window: Gap, computing_s: float) -> list[Gap]:
+    """Return the waits of a request that begin after its own step, which is the longest of those that begin early enough.
+
+    Args:
+        gaps: Waits of all streams.
+        window: When the request began and ended.
+        computing_s: How long it takes without routing: no later wait is taken for its step.
+    """
+    begin, end = window
+    early = [gap for gap in gaps if gap[0] < begin + computing_s and gap[1] > begin]
+    computed = max(early, key=lambda gap: gap[1] - gap[0])[1] if early else begin
+    return [gap for gap in gaps if computed <= gap[0] < end]
 
 
 def measure(
@@ -141,14 +159,17 @@ def measure(
     watching.join()
     server.wait_idle()
     gaps = gaps_within(times, windows)
-    leaving = gaps_within(
-        times, [(begin + computing_s, end) for begin, end in windows if begin + computing_s < end]
+    after = (
+        [gap for window in windows for gap in leaving(gaps, window, computing_s)]
+        if computing_s
+        else []
     )
     return {
-        "while_rows_leave": percentiles(leaving) if computing_s and leaving else None,
+        "while_rows_leave": percentiles([end - begin for begin, end in after]) if after else None,
+        "num_while_rows_leave": len(after),
         "response_bytes": num_bytes,
-        "response_ms": 1e3 * sorted(end - begin for begin, end in windows)[len(windows) // 2],
-        "gaps": percentiles(gaps),
+        "response_ms": 1e3 * statistics.median(end - begin for begin, end in windows),
+        "gaps": percentiles([end - begin for begin, end in gaps]),
         "num_gaps": len(gaps),
     }
 
@@ -158,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--context", type=int, default=32_000)
+    parser.add_argument("--context", type=int, default=32_002)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--top-k", type=int, default=32)
     parser.add_argument("--streams", type=int, default=3)
@@ -190,7 +211,6 @@ def main() -> None:
                 ("asked without routing", {"return_routed_experts": False}),
                 *((name, {"return_routed_experts": True, **FORMATS[name]}) for name in names),
             ]
-            # After the time that the same request takes without routing, what is left of a request is its rows leaving.
             computing_s = 0.0
             for name, fields in arms:
                 rows.append(
@@ -204,7 +224,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     result = {
         **provenance(options.commit), "context": options.context, "streams": options.streams, "repeats": options.repeats,
-        "model": f"random, {options.layers} layers, 64 experts, top {options.top_k}", "rows": rows,
+        "model": f"random, {options.layers} layers, {options.top_k} experts, top {options.top_k}", "rows": rows,
     }  # fmt: skip
     write(options.out, result)
 
