@@ -1,6 +1,7 @@
 """Who does the host's work: the caller at once, or one thread in the order of the calls."""
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -12,6 +13,9 @@ __all__ = ["Executor", "InlineExecutor", "ThreadExecutor"]
 
 _CHECK_SECONDS = 0.5
 """How often a waiting caller makes sure that the thread still lives: a thread lost to a fork sets no flag."""
+
+_HEAD_START_SECONDS = 2e-4
+"""How long the thread leaves the interpreter to a caller that has waited for its work; a woken thread needs a part of that."""
 
 Work = Callable[[], object]
 
@@ -88,6 +92,7 @@ class _Shared:
         self.queue: SimpleQueue[Work | None] = SimpleQueue()
         self.changed = threading.Condition()
         self.num_done = 0
+        self.waited_for = 0
         self.failure: BaseException | None = None
 
 
@@ -144,6 +149,7 @@ class ThreadExecutor:
         if shared.num_done >= number:
             return
         with shared.changed:
+            shared.waited_for = number
             while shared.num_done < number:
                 self._check()
                 shared.changed.wait(_CHECK_SECONDS)
@@ -180,7 +186,11 @@ def _serve(shared: _Shared) -> None:
             del work  # it holds its pipeline, which may be forgotten while the thread waits
             with shared.changed:
                 shared.num_done += 1
+                is_waited_for = shared.waited_for == shared.num_done
                 shared.changed.notify_all()
+            if is_waited_for:
+                # Else the next work keeps the interpreter's lock for a while, and the engine's next launch waits for it.
+                time.sleep(_HEAD_START_SECONDS)
     except BaseException as error:
         # Nobody calls a thread: whoever waits for it, now or later, must hear of it.
         shared.failure = error
