@@ -6,6 +6,7 @@ python scripts/write_engine_docs.py --check   only compares
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -130,7 +131,8 @@ def speed_section(name: str, record: Row) -> Iterator[str]:
 
 def _ratio(row: Row) -> str:
     low, high = row["interval_95"]
-    return f"{row['on_over_off']:.4f} [{low:.4f}, {high:.4f}], {row['rounds']} rounds"
+    middle = f", median {statistics.median(row['ratios']):.4f}" if "ratios" in row else ""
+    return f"{row['on_over_off']:.4f} [{low:.4f}, {high:.4f}]{middle}, {row['rounds']} rounds"
 
 
 def _decode_table(rows: Sequence[Row]) -> list[str]:
@@ -180,6 +182,17 @@ def _kernels(row: Row) -> Iterator[str]:
     yield f"### Where a decode step's time goes, {row['requests']} requests: {step['kernels_us']:.1f} us of kernels\n"
     lines = [[f"`{name}`", cell(us, 1), str(calls)] for name, (us, calls) in step["largest"].items()]  # fmt: skip
     yield from table(["kernel", "us", "calls"], lines)
+
+
+def l1_cache_section(name: str, record: Row) -> Iterator[str]:
+    """Yield what a preference for L1 cache is worth."""
+    yield "## The GEMMs of few rows, with the L1 cache that they ask for and without\n"
+    yield source_line(name, record, more=", random weights, one request")
+    columns = ("runner", "l1_cache", "decode_step_ms")
+    yield from table(
+        ["runner", "L1 cache", "step ms, median of turns", "turns"],
+        [[*(cell(row[column]) for column in columns), str(len(row["turns_ms"]))] for row in record["rows"]],
+    )  # fmt: skip
 
 
 def capture_section(name: str, record: Row) -> Iterator[str]:
@@ -306,6 +319,7 @@ def _is_rows(value: object) -> bool:
 SECTIONS: Sequence[tuple[str, Callable[[str, Row], Iterator[str]]]] = (
     ("engine_exactness*.json", exactness_section),
     ("engine_gpu*.json", speed_section),
+    ("engine_l1_cache.json", l1_cache_section),
     ("engine_capture*.json", capture_section),
     ("attention.json", kernel_section("Attention, norm and rotation")),
     ("attention_peers.json", attention_peers_section),

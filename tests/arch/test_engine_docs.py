@@ -65,6 +65,17 @@ def test_speed_has_ratio_interval_and_share(tmp_path: Path):
     assert "nan" not in text.lower()
 
 
+def test_a_median_stands_beside_a_mean(tmp_path: Path):
+    text = _document(tmp_path, engine_gpu=_speed(ratios=[0.98, 0.999, 1.5]))
+    assert "| 0.9971 [0.9951, 0.9992], median 0.9990, 4 rounds |" in text
+
+
+def test_what_l1_cache_is_worth(tmp_path: Path):
+    row = {"runner": "capture on", "l1_cache": "asked for", "decode_step_ms": 2.5, "turns_ms": [2.4, 2.5, 2.6]}  # fmt: skip
+    text = _document(tmp_path, engine_l1_cache={"device": "GPU", "rows": [row]})
+    assert "| capture on | asked for | 2.500 | 3 |" in text
+
+
 def test_what_was_not_measured_is_left_empty(tmp_path: Path):
     side = {"tokens_per_second": 1.0, "seconds": 1.0, "decode_step_ms": float("nan"), "host_us_per_token": 1.0}  # fmt: skip
     text = _document(tmp_path, engine_gpu=_speed(on=side, share_of_floor=float("nan")))
