@@ -1,7 +1,7 @@
 """From the device cache to the host cache: gather a step's rows, check them, hand them to their requests."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -21,7 +21,6 @@ from routing_replay.errors import CaptureError, ConfigError
 
 __all__ = ["CapturePipeline", "CaptureStats", "UncachedPrefix"]
 
-_NO_STOPS: Mapping[str, int] = {}
 # From so many rows on, a step's requests do not wait for its rows to be copied to KV blocks as well.
 _MANY_ROWS = 256
 
@@ -120,7 +119,6 @@ class CapturePipeline:
         *,
         num_reset: int,
         weights_version: int,
-        stop_at: Mapping[str, int] = _NO_STOPS,
     ) -> StepTicket:
         """Take the rows of a step whose launch has just been made, on the stream of its launch.
 
@@ -132,8 +130,6 @@ class CapturePipeline:
                 change as soon as this returns.
             num_reset: Rows of the step's bucket, padding rows included.
             weights_version: Version of the weights that ran the step.
-            stop_at: By request, the token index from which on its rows are not kept, where the step computes past
-                the request's end.
 
         Returns:
             The step, for `errors`.
@@ -146,7 +142,7 @@ class CapturePipeline:
         Runtime: the forward stream gets one kernel and one event and never waits; no allocation on the GPU. Waits on
             the host, and counts it, only while every slot is on its way.
         """
-        pieces, num_rows = pieces_of(spans, self.host_cache.block_size, stop_at)
+        pieces, num_rows = pieces_of(spans, self.host_cache.block_size)
         slot = self._next_slot
         self._wait_for(slot)
         self._staging.launch(slot, num_rows, num_reset)

@@ -1,6 +1,6 @@
 """Which rows of a step belong to which request and to which KV blocks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ class RowPiece(NamedTuple):
     Attributes:
         request_id: The request.
         start: Token index of its first row.
-        num_rows: Rows that are kept.
+        num_rows: How many there are.
         first: Its first row among the rows of the step.
         blocks: The KV blocks of these tokens, from the one that holds token `start` on.
     """
@@ -57,18 +57,15 @@ class RowPiece(NamedTuple):
     blocks: Sequence[BlockRef]
 
 
-def pieces_of(
-    spans: Sequence[RowSpan], block_size: int, stop_at: Mapping[str, int]
-) -> tuple[Sequence[RowPiece], int]:
-    """Cut a step into what each request keeps of it.
+def pieces_of(spans: Sequence[RowSpan], block_size: int) -> tuple[Sequence[RowPiece], int]:
+    """Cut a step into the rows of each request.
 
     Args:
         spans: The requests of the step, rows one after another.
         block_size: Tokens of a KV block.
-        stop_at: By request, the token index from which on its rows are not kept.
 
     Returns:
-        A piece for each span that keeps a row, and the number of rows of the step, kept or not.
+        A piece for each span that has a row, and the number of rows of the step.
 
     Raises:
         ConfigError: A span has more tokens than its blocks hold.
@@ -80,8 +77,6 @@ def pieces_of(
     first = 0
     for span in spans:
         start, count = span.start, span.num_rows
-        if stop_at and span.request_id in stop_at:
-            count = max(0, min(count, stop_at[span.request_id] - start))
         if count:
             low, stop = start // block_size, (start + count - 1) // block_size + 1
             blocks = span.blocks[low:stop]

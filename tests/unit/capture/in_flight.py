@@ -103,7 +103,6 @@ class Rig:
         *spans: RowSpan,
         seed: int = 0,
         version: int = 0,
-        stop_at: dict[str, int] | None = None,
         bad_row: int | None = None,
         num_padding: int = 1,
     ) -> StepTicket:
@@ -115,7 +114,7 @@ class Rig:
         if bad_row is not None:
             self.cache.layer(1)[bad_row] = -1
         return self.pipeline.submit(
-            spans, num_reset=len(rows) + num_padding, weights_version=version, stop_at=stop_at or {}
+            spans, num_reset=len(rows) + num_padding, weights_version=version
         )
 
 

@@ -112,21 +112,6 @@ def test_finish_waits_for_its_own_rows_and_returns_none_past_them(rigs: list[Rig
     assert rig.pipeline.finish("a", _tokens(3)).trace.num_rows == 3
 
 
-def test_rows_from_where_a_step_runs_past_the_end_are_not_kept(rigs: list[Rig]):
-    rig = _rig(rigs)
-    a, b = blocks_at(0, 1), blocks_at(2, 3)
-    for name in ("a", "b"):
-        rig.pipeline.begin(name, (), 0)
-    stops = {"a": 3, "b": 0}
-    ticket = rig.step(span("a", 0, 5, a), span("b", 0, 5, b), stop_at=stops, bad_row=4)
-    assert dict(rig.pipeline.errors(ticket)) == {}  # the bad row is one that nobody keeps
-    assert rig.pipeline.num_rows("a") == 3
-    assert rig.pipeline.num_rows("b") == 0
-    assert rig.host_cache.held_rows(a[0]).tolist() == [True, True, True, False]
-    assert not rig.host_cache.held_rows(a[1]).any()
-    assert not rig.host_cache.held_rows(b[0]).any()
-
-
 def test_rows_of_rejected_drafts_give_way_to_those_of_the_tokens_that_follow(rigs: list[Rig]):
     rig = _rig(rigs, is_open=False)
     blocks = blocks_at(0, 1)
