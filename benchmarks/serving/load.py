@@ -3,15 +3,18 @@
 python benchmarks/serving/load.py --out docs/results/serving_load.json            as committed: an hour on two cores
 python benchmarks/serving/load.py --requests 400 --rounds 2 --round-requests 128 --out /tmp/load.json
 
-Rows are compared under `--batch-invariant`, where a request's bits do not depend on what runs beside it. Costs are ratios
+Phases are rows, cost and formats; those that `--phases` leaves out stay in the file as they are, each with its commit. Rows are
+compared under `--batch-invariant`, where a request's bits do not depend on what runs beside it. Costs are ratios
 within a round of alternating runs; the driver shares the machine with the server.
 """
 
 import argparse
 import asyncio
+import json
 import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -43,6 +46,7 @@ FORMATS: dict[str, dict[str, object]] = {
     "trace, packed+zstd": {"routed_experts_format": "trace", "routed_experts_codec": "packed+zstd"},
     "trace, store": {"routed_experts_format": "trace", "routed_experts_delivery": "store"},
 }
+PHASES = ("rows", "cost", "formats")
 OURS = FORMATS["trace, packed+zstd"]
 
 
@@ -148,6 +152,15 @@ async def run_round(
     return seconds, answers
 
 
+async def forget_prompts(address: tuple[str, int]) -> None:
+    """Empty the prefix cache."""
+    connection = Connection(address)
+    answer = await connection.post("/reset_prefix_cache", {})
+    connection.close()
+    if answer.status != 200:
+        raise SystemExit(f"the prefix cache was not reset: {answer.status} {answer.body[:300]}")
+
+
 def _tokens(asked: Sequence[Request]) -> int:
     return sum(request.max_tokens for request in asked)
 
@@ -170,6 +183,8 @@ def cost_phase(options: argparse.Namespace) -> dict[str, object]:
             for name in sorted(arms, reverse=bool(number % 2)):
                 server, fields = arms[name]
                 bodies = [request.body(**fields) for request in asked]
+                # Two arms share a server: without this, the one that comes second finds its prompts computed.
+                asyncio.run(forget_prompts(server.address))
                 seconds, _ = asyncio.run(run_round(server.address, bodies, options.streams))
                 if number:  # the first round warms up
                     rates[name].append(_tokens(asked) / seconds)
@@ -181,6 +196,7 @@ def cost_phase(options: argparse.Namespace) -> dict[str, object]:
                 )
                 fields = {**arms[name][1], "stream": True, "return_token_ids": True}
                 bodies = [request.body(**fields) for request in asked]
+                asyncio.run(forget_prompts(capturing.address))
                 _, answers = asyncio.run(run_round(capturing.address, bodies, options.streams))
                 latency[name] += answers
     return {
@@ -249,22 +265,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--round-requests", type=int, default=1024)
     parser.add_argument("--max-tokens", type=int, default=32)
-    parser.add_argument("--phases", default="rows,cost,formats")
+    parser.add_argument("--phases", default=",".join(PHASES))
     options = arguments(parser)
     torch.set_num_threads(1)
-    result: dict[str, object] = {**provenance(options.commit), "model": "tiny-moe, bfloat16"}
+    made = provenance(options.commit)
     phases = options.phases.split(",")
-    if "rows" in phases:
-        result["rows"] = rows_phase(options.requests, options.streams)
-        print(result["rows"], flush=True)
-    if "cost" in phases:
-        result["cost"] = cost_phase(options)
-    if "formats" in phases:
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            result["formats"] = formats_phase(options, f"{folder}/store")
-    write(options.out, result)
+    earlier = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    commits = {**earlier.get("commits", {}), **dict.fromkeys(phases, made["commit"])}
+    kept = {phase: earlier[phase] for phase in PHASES if phase in earlier and phase not in phases}
+    result: dict[str, object] = {**made, "commits": commits, "model": "tiny-moe, bfloat16", **kept}
+    with tempfile.TemporaryDirectory() as folder:
+        run: dict[str, Callable[[], object]] = {
+            "rows": lambda: rows_phase(options.requests, options.streams),
+            "cost": lambda: cost_phase(options),
+            "formats": lambda: formats_phase(options, f"{folder}/store"),
+        }
+        for phase in phases:
+            result[phase] = run[phase]()
+            print(phase, result[phase], flush=True)
+            write(options.out, result)
 
 
 if __name__ == "__main__":
