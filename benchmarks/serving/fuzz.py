@@ -35,7 +35,12 @@ CHECKS = [
     response_schema_conformance,
 ]
 # What a route does to the engine is undone before the next case.
-UNDO = {"/pause": "/resume", "/sleep": "/wake_up"}
+UNDO = {
+    "/pause": "/resume",
+    "/sleep": "/wake_up",
+    "/pause_generation": "/continue_generation",
+    "/release_memory_occupation": "/resume_memory_occupation",
+}
 TIMEOUT_S = 60.0
 
 

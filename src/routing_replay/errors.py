@@ -4,6 +4,7 @@ Each class is also a standard-library type, so that a caller who knows nothing o
 
     RoutingReplayError
     ├── ConfigError            (ValueError)           an argument or option is not accepted
+    │   └── EngineNotReadyError                       an engine that sleeps, or waits for weights
     ├── TraceFormatError       (ValueError)           bytes or arrays are not a well-formed trace
     │   └── RoutingDiagnosisError                     an engine's routing is wrong in ways that have names
     ├── TraceMismatchError     (ValueError)           a well-formed trace that belongs to other tokens or another model
@@ -28,6 +29,7 @@ __all__ = [
     "ConfigError",
     "DeliveryError",
     "EngineDeadError",
+    "EngineNotReadyError",
     "EngineStoppedError",
     "IntegrationError",
     "ReplayError",
@@ -46,6 +48,10 @@ class RoutingReplayError(Exception):
 
 class ConfigError(RoutingReplayError, ValueError):
     """An argument, option or combination of options is not accepted."""
+
+
+class EngineNotReadyError(ConfigError):
+    """An engine runs no step now: it sleeps, or does not have one whole set of weights."""
 
 
 class TraceFormatError(RoutingReplayError, ValueError):

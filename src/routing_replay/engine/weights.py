@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from routing_replay.engine.runner import ModelRunner
-from routing_replay.errors import ConfigError, UnsupportedModelError
+from routing_replay.errors import ConfigError, EngineNotReadyError, UnsupportedModelError
 from routing_replay.models import (
     HostWeights,
     WeightInfo,
@@ -67,7 +67,7 @@ class EngineWeights:
         """Whether `check_ready` lets a step run."""
         try:
             self.check_ready()
-        except ConfigError:
+        except EngineNotReadyError:
             return False
         return True
 
@@ -75,21 +75,21 @@ class EngineWeights:
         """Refuse to run a step that would compute nonsense.
 
         Raises:
-            ConfigError: The weights or the KV cache are away, or the weights are not one whole set; it says what to do.
+            EngineNotReadyError: The weights or the KV cache are away, or the weights are not one whole set; it says what to do.
         """
         self._check_awake()
         if self._are_dropped:
-            raise ConfigError(
+            raise EngineNotReadyError(
                 "the weights were dropped by sleep(level=2) and not all have been loaded since; load them with "
                 "load_weights(), update_weights() or receive_weights()"
             )
         if self._half_done is not None:
-            raise ConfigError(
+            raise EngineNotReadyError(
                 f"an update failed halfway ({self._half_done}), so that some weights are new and others old; repeat it, or "
                 "load a whole folder with load_weights()"
             )
         if not self._has_cache:
-            raise ConfigError(_NO_CACHE)
+            raise EngineNotReadyError(_NO_CACHE)
 
     @contextmanager
     def updating(self, version: int) -> Generator[WeightChange]:
@@ -105,7 +105,8 @@ class EngineWeights:
             How far it has come.
 
         Raises:
-            ConfigError: The version is negative, or the engine sleeps.
+            ConfigError: The version is negative.
+            EngineNotReadyError: The engine sleeps.
             RuntimeError: After `sleep(level=2)`, all weights are there, but the memory of the KV cache is not.
         """
         if version < 0:
@@ -249,7 +250,7 @@ class EngineWeights:
 
     def _check_awake(self) -> None:
         if self._host is not None:
-            raise ConfigError(_ASLEEP)
+            raise EngineNotReadyError(_ASLEEP)
 
     @torch.inference_mode()
     def _any_nan(self) -> bool:

@@ -22,6 +22,7 @@ from routing_replay.server.routes import (
     health,
     models,
     sglang,
+    sglang_control,
     tokenization,
     vllm_generate,
 )
@@ -39,6 +40,7 @@ _ROUTERS = (
     tokenization.router,
     health.router,
     control.router,
+    sglang_control.router,
 )
 _EVENTS = (Completion, ChatCompletionChunk, SglangOutput, GenerationChunk)
 

@@ -21,6 +21,7 @@ _LONGEST_VALUE = 80
 # The most derived class of an exception that is listed decides.
 _BY_CLASS: Mapping[type[Exception], tuple[int, str]] = {
     errors.ConfigError: (400, "invalid_value"),
+    errors.EngineNotReadyError: (503, "engine_not_ready"),
     errors.TraceFormatError: (400, "invalid_trace"),
     errors.TraceMismatchError: (400, "trace_mismatch"),
     errors.UnsupportedModelError: (400, "unsupported_model"),

@@ -120,8 +120,10 @@ def test_engine_sleeps_and_wakes(client: httpx.Client):
     wanted = post(client, "/v1/completions", **BODY)["choices"][0]["text"]
     post(client, "/sleep", level=1)
     assert client.get("/engine_state").json()["is_sleeping"]
-    refused = client.post("/v1/completions", json=BODY)
-    assert refused.status_code == 400
+    for body in (BODY, {**BODY, "stream": True}):
+        refused = client.post("/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_not_ready")
+        assert "wake_up" in refused.json()["error"]["message"]
     post(client, "/wake_up")
     assert post(client, "/v1/completions", **BODY)["choices"][0]["text"] == wanted
     again = client.post("/wake_up")
