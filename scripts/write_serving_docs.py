@@ -35,6 +35,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
         yield f"| {' | '.join(row)} |"
 
 
+def of_phase(record: Row, phase: str) -> Row:
+    """Return a result whose commit is that of one of its phases."""
+    return {**record, "commit": record.get("commits", {}).get(phase, record["commit"])}
+
+
+def milliseconds(found: Row) -> str:
+    """Return a time with its interval."""
+    low, high = found["interval_95"]
+    return f"{found['median']:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def ratio(found: Row) -> str:
     """Return a paired ratio with its interval."""
     low, high = found["interval_95"]
@@ -61,7 +72,7 @@ def rows_section(name: str, record: Row) -> Iterator[str]:
         f"{'differs' if found['twin_differs'] else 'DOES NOT DIFFER'}."
     )
     yield ""
-    yield source_line(name, record, f", {record['model']}")
+    yield source_line(name, of_phase(record, "rows"), f", {record['model']}")
 
 
 def cost_section(name: str, record: Row) -> Iterator[str]:
@@ -92,7 +103,7 @@ def cost_section(name: str, record: Row) -> Iterator[str]:
         [[side, *(f"{row[kind][p]:.1f}" for kind in times for p in ("p50_ms", "p99_ms"))] for side, row in found["streams"].items()],
     )  # fmt: skip
     yield ""
-    yield source_line(name, record, f", {record['model']}")
+    yield source_line(name, of_phase(record, "cost"), f", {record['model']}")
 
 
 def formats_section(name: str, record: Row) -> Iterator[str]:
@@ -103,12 +114,12 @@ def formats_section(name: str, record: Row) -> Iterator[str]:
     yield from table(
         ["form", "bytes a row", "ms added to a request alone", "throughput beside none"],
         [
-            [row["format"], f"{row['bytes_a_row']:.1f}", f"{row['ms_alone']:.2f}", ratio(row["throughput"])]
+            [row["format"], f"{row['bytes_a_row']:.1f}", milliseconds(row["ms_alone"]), ratio(row["throughput"])]
             for row in record["formats"]
         ],
     )  # fmt: skip
     yield ""
-    yield source_line(name, record, f", {record['model']}")
+    yield source_line(name, of_phase(record, "formats"), f", {record['model']}")
 
 
 def stall_section(name: str, record: Row) -> Iterator[str]:

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 
 import torch
 from lean_http import Answer, Connection
-from record import arguments, paired_ratio, percentiles, provenance, write
+from record import arguments, interval_of_median, paired_ratio, percentiles, provenance, write
 from server_process import ServerProcess
 from workload import Request, offline, requests
 
@@ -47,6 +47,7 @@ FORMATS: dict[str, dict[str, object]] = {
     "trace, store": {"routed_experts_format": "trace", "routed_experts_delivery": "store"},
 }
 PHASES = ("rows", "cost", "formats")
+ALONE = 16
 OURS = FORMATS["trace, packed+zstd"]
 
 
@@ -220,6 +221,23 @@ def _latencies(answers: Sequence[Answer]) -> dict[str, object]:
     return {"time_to_first_token": percentiles(first), "between_tokens": percentiles(between)}
 
 
+async def added_ms(
+    address: tuple[str, int], asked: Sequence[Request], sides: dict[str, dict[str, object]]
+) -> list[float]:
+    """What routing adds to a request that is alone: differences between neighbours, each request twice, in either order."""
+    connection = Connection(address)
+    added: list[float] = []
+    for index, request in enumerate(asked):
+        seconds: dict[str, float] = {}
+        for side in sorted(sides, reverse=bool(index % 2)):
+            seconds[side] = (
+                await connection.post("/v1/completions", request.body(**sides[side]))
+            ).seconds
+        added.append(1e3 * (seconds["with"] - seconds["without"]))
+    connection.close()
+    return added
+
+
 def formats_phase(options: argparse.Namespace, store: str) -> list[dict[str, object]]:
     """Bytes, latency and throughput of every format beside the same requests without routing."""
     seats = ("--max-num-seqs", str(options.streams), "--max-queued-requests", str(options.streams))
@@ -229,24 +247,26 @@ def formats_phase(options: argparse.Namespace, store: str) -> list[dict[str, obj
     with ServerProcess(CAPTURING, *seats, "--routed-experts-store", store) as server:
         for name, fields in FORMATS.items():
             rates: dict[str, list[float]] = {"with": [], "without": []}
-            alone: dict[str, list[float]] = {"with": [], "without": []}
-            sizes = {"with": 0, "without": 0}
+            sides = {
+                "with": {"return_routed_experts": True, **fields},
+                "without": {"return_routed_experts": False},
+            }
+            sizes, added = {"with": 0, "without": 0}, list[float]()
             for number in range(options.rounds + 1):
                 for side in sorted(rates, reverse=bool(number % 2)):
-                    more = {"return_routed_experts": True, **fields} if side == "with" else {"return_routed_experts": False}  # fmt: skip
-                    bodies = [request.body(**more) for request in asked]
+                    bodies = [request.body(**sides[side]) for request in asked]
                     seconds, answers = asyncio.run(
                         run_round(server.address, bodies, options.streams)
                     )
-                    _, single = asyncio.run(run_round(server.address, bodies[:16], 1))
                     if number:
                         rates[side].append(_tokens(asked) / seconds)
-                        alone[side] += [answer.seconds for answer in single]
                         sizes[side] = sum(len(answer.body) for answer in answers)
+                if number:
+                    added += asyncio.run(added_ms(server.address, asked[:ALONE], sides))
             table.append({
                 "format": name,
                 "bytes_a_row": (sizes["with"] - sizes["without"]) / rows,
-                "ms_alone": 1e3 * (statistics.median(alone["with"]) - statistics.median(alone["without"])),
+                "ms_alone": interval_of_median(added),
                 "throughput": paired_ratio(rates["with"], rates["without"]),
             })  # fmt: skip
             print(

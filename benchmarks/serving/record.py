@@ -73,14 +73,14 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def interval_of_median(values: Sequence[float]) -> dict[str, object]:
+    """Return the median, with a bootstrap interval of 95 %."""
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(2000))
+    return {"median": statistics.median(values), "interval_95": [medians[50], medians[1949]]}
+
+
 def paired_ratio(ours: Sequence[float], others: Sequence[float]) -> dict[str, object]:
     """Return the median of ratios within rounds, with a bootstrap interval of 95 % over rounds."""
     ratios = [a / b for a, b in zip(ours, others, strict=True)]
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return {
-        "median": statistics.median(ratios),
-        "interval_95": [medians[50], medians[1949]],
-        "rounds": len(ratios),
-        "all": ratios,
-    }
+    return {**interval_of_median(ratios), "rounds": len(ratios), "all": ratios}

@@ -38,7 +38,7 @@ def test_load_has_losses_ratios_and_forms(tmp_path: Path, differs: bool, said: s
             "returned_over_captured": RATIO, "returned_over_no_capture": RATIO,
             "streams": {"captured": stream, "returned": stream},
         },
-        "formats": [{"format": "vllm", "bytes_a_row": 85.33, "ms_alone": 0.5, "throughput": RATIO}],
+        "formats": [{"format": "vllm", "bytes_a_row": 85.33, "ms_alone": {"median": 0.5, "interval_95": [-0.25, 1.5]}, "throughput": RATIO}],
     }  # fmt: skip
     text = _document(tmp_path, serving_load=record)
     assert (
@@ -47,10 +47,19 @@ def test_load_has_losses_ratios_and_forms(tmp_path: Path, differs: bool, said: s
     assert said in text
     assert "| 985 | 0.981 [0.970, 0.990], 8 rounds | 0.981 [0.970, 0.990], 8 rounds |" in text
     assert "| returned | 1.2 | 9.5 | 1.2 | 9.5 |" in text
-    assert "| vllm | 85.3 | 0.50 | 0.981 [0.970, 0.990], 8 rounds |" in text
+    assert "| vllm | 85.3 | 0.50 [-0.25, 1.50] | 0.981 [0.970, 0.990], 8 rounds |" in text
     assert (
         "CPU, 2 cores, load average 0.2 at the start, torch 2, Python 3.11, commit c0ffee" in text
     )
+
+
+def test_a_phase_that_was_measured_earlier_has_its_own_commit(tmp_path: Path):
+    rows = {"requests": 1, "streams": 1, "lost": 0, "other_tokens": 0, "mixed_up": 0, "rows_equal": 9, "twin_differs": True}  # fmt: skip
+    formats = [{"format": "vllm", "bytes_a_row": 1.0, "ms_alone": {"median": 0.5, "interval_95": [0.0, 1.0]}, "throughput": RATIO}]  # fmt: skip
+    record = {"commits": {"rows": "earlier", "formats": "c0ffee"}, "rows": rows, "formats": formats}
+    text = _document(tmp_path, serving_load=record)
+    assert text.count("commit earlier") == 1
+    assert text.count("commit c0ffee") == 1
 
 
 def test_a_load_without_a_phase_says_so(tmp_path: Path):
