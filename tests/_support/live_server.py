@@ -7,6 +7,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import httpx
+
 from routing_replay.assets import tiny_moe_path
 from routing_replay.engine import EngineConfig
 from routing_replay.engine.serving import AsyncLLM
@@ -74,6 +76,13 @@ def live_server(
 async def _ready(live: LiveServer) -> None:
     while live.server.serving.phase != "ready" and not live.exit_code.done():
         await asyncio.sleep(0.02)
+
+
+def post(client: httpx.Client, path: str, **fields: object) -> dict[str, Any]:
+    """Send a body that is accepted, and return the answer's."""
+    answer = client.post(path, json=fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
 
 
 def tiny_moe_engine(**settings: object) -> StartEngine:

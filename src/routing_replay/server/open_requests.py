@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
+from routing_replay.engine.serving import AsyncLLM
 from routing_replay.server.errors import ApiError
 
 __all__ = ["OpenRequests"]
@@ -84,6 +85,18 @@ class OpenRequests:
         if request_id is None:
             return tuple(name for names in self._names.values() for name in names)
         return self._names.get(request_id, ())
+
+    async def abort(self, llm: AsyncLLM, request_id: str | None) -> int:
+        """End a running request; what it has is returned to whoever asked for it.
+
+        Args:
+            llm: The engine.
+            request_id: Its name; None ends all.
+
+        Returns:
+            How many prompts were ended, 0 where none of that name runs.
+        """
+        return sum([await llm.abort(name) for name in self.engine_ids(request_id)])
 
     async def wait_closed(self) -> None:
         """Wait until none is under way."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from _support.live_server import LiveServer, live_server, tiny_moe_engine
+from _support.live_server import LiveServer, live_server, post, tiny_moe_engine
 from routing_replay.assets import tiny_moe_path
 from routing_replay.server import ServingConfig
 
@@ -27,12 +27,6 @@ def live() -> Iterator[LiveServer]:
 def client(live: LiveServer) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=live.url, timeout=60) as client:
         yield client
-
-
-def post(client: httpx.Client, path: str, **fields: object) -> dict:
-    answer = client.post(path, json=fields)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
 
 
 def metric(client: httpx.Client, name: str) -> float:

@@ -49,9 +49,7 @@ async def abort(body: AbortRequest, serving: _Serving) -> Aborted:
             code="invalid_value",
             param="request_id",
         )
-    llm = serving.llm
-    ended = [await llm.abort(name) for name in serving.requests.engine_ids(body.request_id)]
-    return Aborted(aborted=sum(ended))
+    return Aborted(aborted=await serving.requests.abort(serving.llm, body.request_id))
 
 
 @router.post("/update_weights", summary="Replace the weights", responses=control_responses())

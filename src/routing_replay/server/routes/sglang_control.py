@@ -32,7 +32,9 @@ async def abort_request(body: SglangAbort, serving: _Serving) -> SglangOutcome:
             code="invalid_value",
             param="rid",
         )
-    return SglangOutcome(message=f"{await _abort(serving, body.rid or None)} ended")
+    return SglangOutcome(
+        message=f"{await serving.requests.abort(serving.llm, body.rid or None)} ended"
+    )
 
 
 @router.post("/flush_cache", summary="Forget prefixes", responses=control_responses())
@@ -64,7 +66,7 @@ async def continue_generation(serving: _Serving) -> SglangOutcome:
 async def update_weights_from_disk(body: SglangUpdate, serving: _Serving) -> SglangOutcome:
     """Read new weights from a folder, between two steps."""
     if body.abort_all_requests:
-        await _abort(serving, None)
+        await serving.requests.abort(serving.llm, None)
     version = await serving.llm.update_weights(
         body.model_path,
         weights_version=None if body.weight_version is None else int(body.weight_version),
@@ -95,11 +97,6 @@ async def resume_memory_occupation(
     _check_all(body)
     await serving.llm.wake_up()
     return SglangOutcome(message="memory resumed")
-
-
-async def _abort(serving: Serving, rid: str | None) -> int:
-    names = serving.requests.engine_ids(rid)
-    return sum([await serving.llm.abort(name) for name in names])
 
 
 def _check_all(body: SglangMemory | None) -> None:
