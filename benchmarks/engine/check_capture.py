@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from capture_trace import gap_figures, stream_figures
 from numpy.typing import NDArray
+from torch import Tensor
 
 from routing_replay.capture import (
     BlockRef,
@@ -131,6 +132,14 @@ class SlowStaging:
     def launch(self, slot: int, num_rows: int, num_reset: int) -> None:
         """Launch as the ring does."""
         self._staging.launch(slot, num_rows, num_reset)
+
+    def gather(self, num_rows: int, step: Tensor) -> None:
+        """Gather as the ring does."""
+        self._staging.gather(num_rows, step)
+
+    def send(self, slot: int, num_rows: int, num_gathered: int) -> None:
+        """Send as the ring does."""
+        self._staging.send(slot, num_rows, num_gathered)
 
     def wait(self, slot: int, num_rows: int) -> HostRows:
         """Wait as the ring does, and then some."""

@@ -5,7 +5,7 @@ python benchmarks/engine/gpu_speed.py --out docs/results/engine_gpu.json --commi
 The model is Qwen3-30B-A3B's config with random weights, bfloat16. One engine has two runners that share weights, keys and
 values: one captures, the other does not. They take turns, round by round, with fresh prompts; a ratio is formed within
 a round, prefill and the host in it. `decode_step_ms` is the median time between tokens; `device_step_ms` that of the recorded
-step alone, replayed by both runners in turn with the gather of routing behind it, timed on the device. The floor of a decode
+step alone, the gather of routing in it, replayed by both runners in turn and timed on the device. The floor of a decode
 step is explained in benchmarks/README.md.
 """
 
@@ -26,7 +26,6 @@ import torch
 import triton
 
 from routing_replay import LLM, SamplingParams
-from routing_replay.capture import StepRows
 from routing_replay.engine import EngineConfig, FinishedRequest
 from routing_replay.engine.finishing import RowKeeper
 from routing_replay.engine.graphs import CudaRecorder, GraphShape, StepGraphs
@@ -202,11 +201,6 @@ def decoding(llm: LLM, runner: ModelRunner, count: int) -> Iterator[None]:
 @torch.inference_mode()
 def device_steps(llm: LLM, pair: tuple[ModelRunner, ModelRunner], count: int) -> dict[str, dict[str, float]]:  # fmt: skip
     """Milliseconds of one decode step on the device, replayed by both runners in turn: median and percentiles."""
-    pipeline = pair[0].pipeline
-    assert pipeline is not None
-    spec, device = pipeline.device_cache.spec, pipeline.device_cache.device
-    rows = torch.empty((count, spec.num_moe_layers, spec.top_k), dtype=spec.staging_dtype, device=device)  # fmt: skip
-    out = StepRows(rows, torch.empty(count, dtype=torch.uint8, device=device))
     times: dict[str, list[float]] = {"on": [], "off": []}
     with decoding(llm, pair[0], count):
         llm.core.settle()
@@ -218,8 +212,6 @@ def device_steps(llm: LLM, pair: tuple[ModelRunner, ModelRunner], count: int) ->
                 begin.record()
                 for _ in range(DEVICE_STEPS):
                     runner.graphs.replay(GraphShape(count, is_decode=True), is_forced=False)
-                    if name == "on":
-                        pipeline.device_cache.gather(count, num_reset=count, out=out)
                 end.record()
                 end.synchronize()
                 times[name].append(begin.elapsed_time(end) / DEVICE_STEPS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from routing_replay.errors import ConfigError
 from routing_replay.kernels import RowFault, gather_rows
-from routing_replay.kernels.gather import gather_step
+from routing_replay.kernels.gather import StepRing, gather_step
 
 
 def _cache(layers: int, rows: int, top_k: int, num_experts: int) -> Tensor:
@@ -84,6 +84,28 @@ def test_gather_step_takes_the_first_rows_into_a_larger_slot():
     assert torch.equal(cache[:, 8:], before[:, 8:])
 
 
+@pytest.mark.parametrize("num_experts", [16, 300])
+@pytest.mark.parametrize("step", [0, 2, 10_000_000_001])
+def test_gather_step_finds_its_slot_on_the_device(num_experts: int, step: int):
+    cache = _cache(3, 6, 4, num_experts)
+    before = cache.clone()
+    dtype = torch.uint8 if num_experts <= 255 else torch.int16
+    size, index = 32 + 8 * 3 * 4 * dtype.itemsize, step % 3
+    ring = torch.full((3, size), 77, dtype=torch.uint8)
+    flags, rows = ring[0, 10:16], ring[0, 32:].view(dtype).view(8, 3, 4)
+    stamp = ring[0, 16:24].view(torch.int64)
+    place = StepRing(torch.tensor([step]), 3, size, stamp)
+    gather_step(cache, num_rows=6, num_reset=6, rows_out=rows, flags_out=flags, num_experts=num_experts, ring=place)  # fmt: skip
+    at = ring[index]
+    assert torch.equal(at[32:].view(dtype).view(8, 3, 4)[:6].long(), before.transpose(0, 1).long())
+    assert (at[10:16] == 0).all()
+    assert at[16:24].view(torch.int64).tolist() == [step]
+    assert (at[:10] == 77).all()
+    assert (at[24:32] == 77).all()
+    assert (ring[[other for other in range(3) if other != index]] == 77).all()
+    assert (cache == -1).all()
+
+
 def test_gather_rows_without_rows_still_resets():
     cache = _cache(2, 4, 2, 8)
     _gather(cache, torch.empty(0, dtype=torch.int64), 4, 8)
@@ -127,7 +149,7 @@ def test_gather_rows_passes_opcheck():
 
 _INTERPRETED = """
 import torch
-from routing_replay.kernels.gather import gather_rows_reference
+from routing_replay.kernels.gather import StepRing, gather_rows_reference
 from routing_replay.kernels.gather._triton import launch_gather_rows, launch_gather_step
 
 torch.manual_seed(0)
@@ -156,6 +178,17 @@ for layers, num_rows, top_k, num_experts in ((3, 40, 4, 16), (2, 33, 3, 300), (1
     gather_rows_reference(expected[0], slice(live), expected[1], expected[2], bucket, num_experts)
     found = (own, rows, flags)
     assert all(torch.equal(a, b) for a, b in zip(found, expected)), (layers, num_rows)
+    # And as a part of a graph, into the slot of the step that memory names.
+    size = 16 * -(-bucket // 16) + 16 + 16 * -(-rows.nbytes // 16)
+    ring, base = torch.full((3, size), 77, dtype=torch.uint8), 16 * -(-bucket // 16) + 16
+    outputs = [at[base : base + rows.nbytes].view(dtype).view(rows.shape) for at in ring]
+    stamps = [at[base - 16 : base - 8].view(torch.int64) for at in ring]
+    place = StepRing(torch.tensor([10_000_000_001]), 3, size, stamps[0])
+    launch_gather_step(cache.clone(), live, outputs[0], ring[0, base - 16 - bucket : base - 16], bucket, num_experts, ring=place)
+    assert torch.equal(outputs[2][:live], expected[1][:live]) and torch.equal(ring[2, base - 16 - bucket : base - 16], expected[2][:bucket])
+    assert stamps[2].tolist() == [10_000_000_001]
+    end = base + live * rows[0].nbytes
+    assert (ring[:2] == 77).all() and (ring[2, : base - 16 - bucket] == 77).all() and (ring[2, end:] == 77).all()
     own = cache.clone()
     launch_gather_step(own, 0, rows, flags, 2, num_experts)
     assert torch.equal(rows, found[1]) and (own[:, :2] == -1).all() and torch.equal(own[:, 2:], cache[:, 2:])

@@ -1,12 +1,10 @@
 """What is wrong with a bad row, in words."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
 from routing_replay.capture.device_cache import RoutingSpec
-from routing_replay.capture.row_span import RowPiece
+from routing_replay.capture.pending import StepTicket
 from routing_replay.capture.staging import HostRows
 from routing_replay.errors import CaptureError
 from routing_replay.kernels import MISSING_ID, RowFault
@@ -36,23 +34,30 @@ def describe_bad_row(spec: RoutingSpec, ids: NDArray[np.integer], fault: RowFaul
     return f"ids {ids.tolist()} carry fault {fault!r}"
 
 
-def errors_of(
-    spec: RoutingSpec, pieces: Sequence[RowPiece], arrived: HostRows
-) -> dict[str, CaptureError]:
-    """Make an error for every request with a flagged row.
+def errors_of(spec: RoutingSpec, ticket: StepTicket, arrived: HostRows) -> dict[str, CaptureError]:
+    """Make an error for every request with a flagged row, or for all of a step whose rows are another's.
 
     Args:
         spec: Layers, experts and K of the model.
-        pieces: What each request keeps of the step.
+        ticket: The step.
         arrived: The rows of the step.
 
     Returns:
         By request; rows that nobody keeps fail nobody.
     """
+    if ticket.stamp is not None and ticket.stamp != arrived.stamp:
+        return {
+            piece.request_id: CaptureError(
+                f"request {piece.request_id!r}, token index {piece.start}: the rows of step {ticket.stamp} were asked for, "
+                f"those of step {arrived.stamp} came; its routing is not returned; the step's CUDA graph did not gather it: "
+                "set enforce_eager=True and report this"
+            )
+            for piece in ticket.pieces
+        }
     errors: dict[str, CaptureError] = {}
     if not arrived.flags.any():
         return errors
-    for piece in pieces:
+    for piece in ticket.pieces:
         flags = arrived.flags[piece.first : piece.first + piece.num_rows]
         if flags.any():
             bad = int(np.flatnonzero(flags)[0])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from routing_replay.errors import CaptureOverflowError, ConfigError
 from routing_replay.kernels import MISSING_ID
-from routing_replay.kernels.gather import gather_step
+from routing_replay.kernels.gather import StepRing, gather_step
 
 __all__ = ["DeviceCache", "RoutingSpec", "StepRows"]
 
@@ -107,13 +107,16 @@ class DeviceCache:
         """
         self._ids.fill_(MISSING_ID)
 
-    def gather(self, num_rows: int, *, num_reset: int, out: StepRows) -> None:
+    def gather(
+        self, num_rows: int, *, num_reset: int, out: StepRows, ring: StepRing | None = None
+    ) -> None:
         """Take a step's first rows out of the cache, check them, and reset the bucket to -1.
 
         Args:
             num_rows: n, live rows of the step: cache rows `[0, n)`.
             num_reset: Rows of the step's bucket, padding rows included.
             out: Where rows and flags go, on the device of the cache, from its row 0 on.
+            ring: Whose slot they go to, where `out` is in its slot 0; None for `out` itself.
 
         Raises:
             CaptureOverflowError: The bucket is larger than the cache.
@@ -138,4 +141,5 @@ class DeviceCache:
             rows_out=out.rows,
             flags_out=out.flags,
             num_experts=self.spec.num_experts,
+            ring=ring,
         )

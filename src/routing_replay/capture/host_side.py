@@ -69,7 +69,7 @@ class HostSide:
         arrived = self._staging.wait(slot, ticket.num_rows)
         started = time.thread_time()
         pieces = ticket.pieces
-        errors = errors_of(self._spec, pieces, arrived)
+        errors = errors_of(self._spec, ticket, arrived)
         if errors or self.failed:
             for piece in pieces:
                 known = self.failed.get(piece.request_id)

@@ -22,6 +22,7 @@ class StepTicket:
         num_rows: Live rows of the step.
         pieces: What each request keeps of them; without those of failed requests once it is collected.
         weights_version: Version of the weights that ran the step.
+        stamp: What its rows must be stamped with; None for those that no graph gathered.
         number: Of the work that gives rows to requests; 0 before it is handed over.
         placed: Of the work that gives them to KV blocks; the same where one does both.
         errors: What `CapturePipeline.errors` returns, once the work is done.
@@ -30,6 +31,7 @@ class StepTicket:
     num_rows: int
     pieces: Sequence[RowPiece]
     weights_version: int
+    stamp: int | None = None
     number: int = 0
     placed: int = 0
     errors: dict[str, CaptureError] = field(default_factory=dict[str, CaptureError])

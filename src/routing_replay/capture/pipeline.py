@@ -88,17 +88,16 @@ class CapturePipeline:
         self.device_cache = device_cache
         self.host_cache = host_cache
         self._allow_missing = uncached_prefix is UncachedPrefix.MISSING
-        self._staging = make_staging(device_cache, num_slots) if staging is None else staging
+        self.staging = make_staging(device_cache, num_slots) if staging is None else staging
         self._executor: Executor = (
-            ThreadExecutor() if self._staging.is_asynchronous else InlineExecutor()
+            ThreadExecutor() if self.staging.is_asynchronous else InlineExecutor()
         )
         self._host_side = HostSide(
-            device_cache.spec, host_cache, self._staging, allow_missing=self._allow_missing
+            device_cache.spec, host_cache, self.staging, allow_missing=self._allow_missing
         )
         self._pending = PendingWork()
-        self._last_of_slot = [0] * self._staging.num_slots
-        self._next_slot = 0
-        self._num_steps = self._num_rows = self._num_waits = 0
+        self._last_of_slot = [0] * self.staging.num_slots
+        self._num_steps = self._num_rows = self._num_bytes = self._num_waits = 0
         self._waited_seconds = 0.0
 
     @property
@@ -107,11 +106,25 @@ class CapturePipeline:
         return CaptureStats(
             steps=self._num_steps,
             rows=self._num_rows,
-            bytes_copied=self._num_rows * (self.device_cache.spec.row_bytes + 1),
+            bytes_copied=self._num_bytes,
             full_ring_waits=self._num_waits,
             full_ring_seconds=self._waited_seconds,
             host_seconds=self._host_side.seconds,
         )
+
+    def claim_step(self) -> int:
+        """Wait until the slot of the next step is free.
+
+        Returns:
+            The step's number, for the input of a recorded `staging.gather`; `submit` is for the same one.
+
+        Raises:
+            CaptureError: The thread that collects has ended.
+
+        Runtime: waits on the host, and counts it, only while every slot is on its way.
+        """
+        self._wait_for(self._num_steps % self.staging.num_slots)
+        return self._num_steps
 
     def submit(
         self,
@@ -119,6 +132,7 @@ class CapturePipeline:
         *,
         num_reset: int,
         weights_version: int,
+        is_gathered: bool = False,
     ) -> StepTicket:
         """Take the rows of a step whose launch has just been made, on the stream of its launch.
 
@@ -130,6 +144,8 @@ class CapturePipeline:
                 change as soon as this returns.
             num_reset: Rows of the step's bucket, padding rows included.
             weights_version: Version of the weights that ran the step.
+            is_gathered: The step is a graph with `staging.gather` in it, given the number of `claim_step`; that it did gather is
+                checked when the rows arrive.
 
         Returns:
             The step, for `errors`.
@@ -143,18 +159,21 @@ class CapturePipeline:
             the host, and counts it, only while every slot is on its way.
         """
         pieces, num_rows = pieces_of(spans, self.host_cache.block_size)
-        slot = self._next_slot
-        self._wait_for(slot)
-        self._staging.launch(slot, num_rows, num_reset)
-        ticket = StepTicket(num_rows, pieces, weights_version)
+        number = self.claim_step()
+        slot = number % self.staging.num_slots
+        if is_gathered:
+            self.staging.send(slot, num_rows, num_reset)
+        else:
+            self.staging.launch(slot, num_rows, num_reset)
+        ticket = StepTicket(num_rows, pieces, weights_version, number if is_gathered else None)
         self._hand_over(ticket, slot)
         self._last_of_slot[slot] = ticket.placed
-        self._next_slot = (slot + 1) % len(self._last_of_slot)
         if not self._executor.is_inline:
             self._pending.forget(self._executor.num_done)
             self._pending.add_step(ticket)
         self._num_steps += 1
         self._num_rows += num_rows
+        self._num_bytes += num_rows and num_rows * self.device_cache.spec.row_bytes + num_reset
         return ticket
 
     def errors(self, ticket: StepTicket) -> dict[str, CaptureError]:

@@ -3,23 +3,21 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from routing_replay.capture import (
-    BlockRef,
     CapturePipeline,
     DeviceCache,
     HostCache,
     ReplayBuffer,
-    RowSpan,
     StepTicket,
-    canary_ids,
-    check_canary,
     check_capture_support,
 )
+from routing_replay.engine.canary_steps import CanarySteps
 from routing_replay.engine.config import ResolvedConfig, capture_features
 from routing_replay.engine.graphs import GraphShape, StepGraphs, graph_shapes, recorder_of
 from routing_replay.engine.mtp_drafting import MtpDrafter
@@ -150,7 +148,8 @@ class ModelRunner:
             self._kv_cache[:, :, copy.target.block_id] = self._kv_cache[:, :, copy.source.block_id]
         is_forced = self._fill_replay_buffer(parts)
         shape = self._shape_of(parts)
-        tensors, step = self._builder.build(parts, shape=shape)
+        number = 0 if self.pipeline is None else self.pipeline.claim_step()
+        tensors, step = self._builder.build(parts, shape=shape, capture_step=number)
         if shape is None:
             computed = _Computed(self._run_model(tensors, step, is_forced=is_forced), None)
         else:
@@ -159,7 +158,14 @@ class ModelRunner:
             self.num_graph_steps[shape, is_forced] += 1
         hidden_states = computed.hidden_states
         drawn = computed.drawn or self._draw(tensors, hidden_states)
-        ticket = self._collect(row_spans(parts), len(tensors.positions), weights_version)
+        ticket: StepTicket | None = None
+        if self.pipeline is not None:
+            ticket = self.pipeline.submit(
+                row_spans(parts),
+                num_reset=len(tensors.positions),
+                weights_version=weights_version,
+                is_gathered=shape is not None,
+            )
         samples = self._sample(parts, tensors, drawn)
         scored = self._score_prompts(parts, step.spans, hidden_states)
         return LaunchedStep(schedule, samples, ticket, scored, None if self._drafter is None else hidden_states)  # fmt: skip
@@ -227,6 +233,8 @@ class ModelRunner:
 
         def run(is_forced: bool) -> _Computed:
             hidden_states = self._run_model(tensors, step, is_forced=is_forced)
+            if self.pipeline is not None:
+                self.pipeline.staging.gather(shape.num_tokens, tensors.capture_step)
             return _Computed(hidden_states, self._draw(tensors, hidden_states) if shape.is_decode else None)  # fmt: skip
 
         return run
@@ -277,13 +285,6 @@ class ModelRunner:
             # Rows that ask for more than a plain draw have another token than the one that the step itself has kept.
             self._builder.buffers.sampled_tokens[tensors.sample_slots[:count]] = samples.token_ids
         return samples
-
-    def _collect(
-        self, spans: Sequence[RowSpan], num_rows: int, weights_version: int
-    ) -> StepTicket | None:
-        if self.pipeline is None:
-            return None
-        return self.pipeline.submit(spans, num_reset=num_rows, weights_version=weights_version)
 
     def _score_prompts(
         self,
@@ -349,45 +350,13 @@ class ModelRunner:
         self.record_graphs()
         if self.pipeline is None:
             return
-        spec = self.model.config.routing_spec
-        num_rows = min(self._block_size, spec.num_experts, self._config.engine.max_num_batched_tokens)  # fmt: skip
-        self._run_canary(self.pipeline, num_rows, shape=None)
-        for shape in () if self.graphs is None else self.graphs.shapes:
-            num_rows = min(shape.num_tokens, self._config.num_kv_blocks * self._block_size)
-            for is_forced in self._forms:
-                self._run_canary(self.pipeline, num_rows, shape=shape, is_forced=is_forced)
-
-    def _run_canary(
-        self,
-        pipeline: CapturePipeline,
-        num_rows: int,
-        *,
-        shape: GraphShape | None,
-        is_forced: bool = True,
-    ) -> None:
-        """Force known ids through one real step and read them back (block 0 is written; nothing is cached yet).
-
-        What a graph routes natively nobody knows; that every layer has written every row is checked.
-        """
-        spec = self.model.config.routing_spec
-        expected = canary_ids(spec, num_rows)
-        self._replay_buffer.fill(expected)
-        if shape is None:
-            tensors, step = self._builder.probe(num_rows)
-            self._run_model(tensors, step, is_forced=True)
-        else:
-            assert self.graphs is not None
-            tensors, _ = self._builder.inputs_of_shape(shape)
-            self.graphs.replay(shape, is_forced=is_forced)
-        blocks = [BlockRef(index, 0) for index in range(-(-num_rows // self._block_size))]
-        span = RowSpan(request_id="canary", start=0, num_rows=num_rows, blocks=blocks)
-        pipeline.begin(span.request_id, (), 0)
-        ticket = self._collect([span], len(tensors.positions), 0)
-        assert ticket is not None
-        errors = pipeline.errors(ticket)
-        captured = pipeline.host_cache.take(span.request_id, num_rows)
-        pipeline.free(span.request_id)
-        if errors:
-            raise errors[span.request_id]
-        if is_forced:
-            check_canary(spec, expected, captured.ids)
+        canary = CanarySteps(self.pipeline, self._builder, self._replay_buffer, block_size=self._block_size)  # fmt: skip
+        num_experts = self.model.config.routing_spec.num_experts
+        num_rows = min(self._block_size, num_experts, self._config.engine.max_num_batched_tokens)
+        canary.run_step(num_rows, partial(self._run_model, is_forced=True))
+        if self.graphs is None:
+            return
+        num_places = self._config.num_kv_blocks * self._block_size
+        for (shape, is_forced), replay in self.graphs.recorded.items():
+            num_rows = min(shape.num_tokens, num_places)
+            canary.run_graph(shape, replay, num_rows=num_rows, is_forced=is_forced)

@@ -40,6 +40,7 @@ class StepTensors:
         block_tables: int32 `[B, max_blocks]`.
         query_starts: int32 `[B + 1]`, first row of each sequence.
         context_lens: int32 `[B]`, tokens of each sequence after the step; 0 for padding.
+        capture_step: int64 `[1]`, the number under which the step's routing leaves.
         sample_rows: int64 `[S]`, rows that a token is sampled from.
         sample_slots: int64 `[S]`, where the sampled tokens are kept.
         temperature: float32 `[S]`.
@@ -53,6 +54,7 @@ class StepTensors:
     block_tables: Tensor
     query_starts: Tensor
     context_lens: Tensor
+    capture_step: Tensor
     sample_rows: Tensor
     sample_slots: Tensor
     temperature: Tensor
@@ -70,6 +72,7 @@ class StepArrays:
     block_tables: NDArray[np.int32]
     query_starts: NDArray[np.int32]
     context_lens: NDArray[np.int32]
+    capture_step: NDArray[np.int64]
     sample_rows: NDArray[np.int64]
     sample_slots: NDArray[np.int64]
     temperature: NDArray[np.float32]
@@ -194,6 +197,7 @@ class StepBuffers:
             "block_tables": (sequences, self._max_blocks),
             "query_starts": (sequences + 1,),
             "context_lens": (sequences,),
+            "capture_step": (1,),
             **dict.fromkeys(("sample_rows", "sample_slots", "temperature", "uniform"), (samples,)),
         }
         places: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}

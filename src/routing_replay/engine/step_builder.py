@@ -81,13 +81,18 @@ class StepBuilder:
         self._table_rows = [_TableRow() for _ in range(max_num_seqs)]
 
     def build(
-        self, parts: Sequence[ScheduledRequest], *, shape: GraphShape | None = None
+        self,
+        parts: Sequence[ScheduledRequest],
+        *,
+        shape: GraphShape | None = None,
+        capture_step: int = 0,
     ) -> tuple[StepTensors, StepInputs]:
         """Fill the inputs of a step and copy them to the device.
 
         Args:
             parts: The step, requests with one token first.
             shape: The graph that will run it, with tokens and sequences to fill up to; None adds none.
+            capture_step: The number under which a graph's routing leaves.
 
         Returns:
             The device's tensors, and what the model is given, but for tokens that are still being sampled. Those of one shape
@@ -99,6 +104,7 @@ class StepBuilder:
         arrays = self.buffers.arrays(size)
         self._fill_rows(arrays, parts)
         self._fill_samples(arrays, parts)
+        arrays.capture_step[0] = capture_step
         tensors = self.buffers.upload(size)
         return tensors, self._inputs(arrays, tensors, parts, shape)
 
@@ -109,16 +115,19 @@ class StepBuilder:
         count = shape.num_tokens
         return StepSize(count, min(count, self._max_num_seqs), count if shape.is_decode else num_samples)  # fmt: skip
 
-    def inputs_of_shape(self, shape: GraphShape) -> tuple[StepTensors, StepInputs]:
+    def inputs_of_shape(
+        self, shape: GraphShape, *, capture_step: int = 0
+    ) -> tuple[StepTensors, StepInputs]:
         """Return a step of padding alone, for a CUDA graph to be recorded with.
 
         Args:
             shape: Of the graph.
+            capture_step: As for `build`.
 
         Returns:
             As `build`.
         """
-        return self.build((), shape=shape)
+        return self.build((), shape=shape, capture_step=capture_step)
 
     def probe(self, num_rows: int) -> tuple[StepTensors, StepInputs]:
         """Return a step of token 0 alone, in sequences as long as they may be, for what has to be tried before requests come.

@@ -41,16 +41,32 @@ class GatedStaging:
         shape = (device_cache.num_rows, SPEC.num_moe_layers, SPEC.top_k)
         self._slots = [
             StepRows(
-                torch.empty(shape, dtype=torch.uint8), torch.empty(shape[0], dtype=torch.uint8)
+                torch.full(shape, 250, dtype=torch.uint8),
+                torch.full((shape[0],), 8, dtype=torch.uint8),
             )
             for _ in range(num_slots)
         ]
+        self._stamps = [-1] * num_slots
 
     def launch(self, slot: int, num_rows: int, num_reset: int) -> None:
         """Fill a slot; whatever still read its old rows would now read poison."""
         self._slots[slot].rows.fill_(250)
         self._slots[slot].flags.fill_(8)
         self._device_cache.gather(num_rows, num_reset=num_reset, out=self._slots[slot])
+        self.send(slot, num_rows, num_reset)
+
+    def gather(self, num_rows: int, step: torch.Tensor) -> None:
+        """Fill the slot of the step that a tensor names, as a graph does."""
+        slot = int(step) % self.num_slots
+        at = self._slots[slot]
+        self._stamps[slot] = int(step)
+        at.rows.fill_(250)
+        at.flags.fill_(8)
+        self._device_cache.gather(num_rows, num_reset=num_rows, out=at)
+
+    def send(self, slot: int, num_rows: int, num_gathered: int) -> None:
+        """Put a gate before a slot."""
+        del num_rows, num_gathered
         gate = threading.Event()
         if self.is_open:
             gate.set()
@@ -66,7 +82,7 @@ class GatedStaging:
         if self.delays is not None:
             time.sleep(next(self.delays))
         at = self._slots[slot]
-        return HostRows(at.rows[:num_rows].numpy(), at.flags[:num_rows].numpy())
+        return HostRows(at.rows[:num_rows].numpy(), at.flags[:num_rows].numpy(), self._stamps[slot])
 
     def open(self) -> None:
         """Let everything arrive, now and later."""
@@ -105,16 +121,23 @@ class Rig:
         version: int = 0,
         bad_row: int | None = None,
         num_padding: int = 1,
+        is_graph: bool = False,
+        step_error: int = 0,
     ) -> StepTicket:
-        """Write what the layers of a step would write, and submit it."""
+        """Write what the layers of a step would write, and submit it; a graph gathers it, under the number that it is told."""
         rows = [ids_of(span.request_id, span.start + i, seed) for span in spans for i in range(span.num_rows)]  # fmt: skip
         for layer in range(SPEC.num_moe_layers):
             for index, row in enumerate(rows):
                 self.cache.layer(layer)[index] = torch.from_numpy(row[layer].astype(np.int16))
         if bad_row is not None:
             self.cache.layer(1)[bad_row] = -1
+        num_reset = len(rows) + num_padding
+        if is_graph:
+            self.pipeline.staging.gather(
+                num_reset, torch.tensor([self.pipeline.claim_step() + step_error])
+            )
         return self.pipeline.submit(
-            spans, num_reset=len(rows) + num_padding, weights_version=version
+            spans, num_reset=num_reset, weights_version=version, is_gathered=is_graph
         )
 
 

@@ -41,6 +41,7 @@ def test_rows_of_interleaved_requests_come_back_exactly(rigs: list[Rig], num_slo
     for name in blocks:
         rig.pipeline.begin(name, (), 0)
         lengths[name] = 0
+    num_flags = 0
     for version in range(40):
         spans = []
         for name in rng.permutation(list(blocks))[: rng.integers(1, 6)].tolist():
@@ -48,7 +49,9 @@ def test_rows_of_interleaved_requests_come_back_exactly(rigs: list[Rig], num_slo
             if count:
                 spans.append(span(name, lengths[name], count, blocks[name]))
                 lengths[name] += count
-        rig.step(*spans, version=version, num_padding=int(rng.integers(0, 3)))
+        num_padding = int(rng.integers(0, 3))
+        ticket = rig.step(*spans, version=version, num_padding=num_padding)
+        num_flags += ticket.num_rows and ticket.num_rows + num_padding
     for name, length in lengths.items():
         trace = rig.pipeline.finish(name, _tokens(length)).trace
         assert np.array_equal(trace.ids, rows_of(name, length))
@@ -56,8 +59,35 @@ def test_rows_of_interleaved_requests_come_back_exactly(rigs: list[Rig], num_slo
     rig.pipeline.drain()
     stats = rig.pipeline.stats
     assert (stats.steps, stats.rows) == (40, sum(lengths.values()))
-    assert stats.bytes_copied == stats.rows * (3 * 2 + 1)
+    assert stats.bytes_copied == stats.rows * 3 * 2 + num_flags
     assert stats.host_seconds > 0
+
+
+def test_steps_that_gather_themselves_go_where_their_input_says(rigs: list[Rig]):
+    rig = _rig(rigs, num_slots=3)
+    blocks = blocks_at(*range(6))
+    rig.pipeline.begin("a", (), 0)
+    for index in range(12):  # graphs with a bucket of four rows and other steps, in turn
+        rig.step(span("a", index, 1, blocks), num_padding=3, is_graph=index % 3 > 0)
+    trace = rig.pipeline.finish("a", _tokens(12)).trace
+    assert np.array_equal(trace.ids, rows_of("a", 12))
+    assert trace.is_complete
+
+
+@pytest.mark.parametrize("error", [1, 3, -3])
+def test_rows_of_another_step_fail_their_requests(rigs: list[Rig], error: int):
+    """Also where they lie in the slot of this one: the ring has three."""
+    rig = _rig(rigs, num_slots=3)
+    blocks = blocks_at(0, 1)
+    rig.pipeline.begin("a", (), 0)
+    good = [rig.step(span("a", index, 1, blocks), is_graph=True) for index in range(3)]
+    assert not any(rig.pipeline.errors(ticket) for ticket in good)
+    ticket = rig.step(span("a", 3, 1, blocks), is_graph=True, step_error=error)
+    assert (
+        f"the rows of step 3 were asked for, those of step {3 + error if error % 3 == 0 else 0} came"
+        in str(rig.pipeline.errors(ticket)["a"])
+    )
+    assert "a" in rig.pipeline.errors(rig.step(span("a", 4, 1, blocks), is_graph=True))
 
 
 def test_full_ring_delays_the_submitter_alone_and_is_counted(rigs: list[Rig]):

@@ -5,6 +5,7 @@ from routing_replay.kernels.gather.reference import (
     MISSING_ID,
     MISSING_ID_UINT8,
     RowFault,
+    StepRing,
     gather_rows_reference,
 )
 
@@ -12,6 +13,7 @@ __all__ = [
     "MISSING_ID",
     "MISSING_ID_UINT8",
     "RowFault",
+    "StepRing",
     "gather_rows",
     "gather_rows_reference",
     "gather_step",

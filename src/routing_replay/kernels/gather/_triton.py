@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from routing_replay.kernels.gather.reference import StepRing
+
 __all__ = ["compile_cases", "launch_gather_rows", "launch_gather_step"]
 
 _FEW_ROWS = 256
@@ -32,12 +34,16 @@ def _gather_rows_kernel(
     num_reset,
     capacity,
     num_experts,
+    step_ptr,
+    stamp_ptr,
+    slot_bytes,
     NUM_LAYERS: tl.constexpr,
     TOP_K: tl.constexpr,
     LAYERS_POW2: tl.constexpr,
     TOP_K_POW2: tl.constexpr,
     NARROW: tl.constexpr,
     HAS_INDEX: tl.constexpr,
+    NUM_SLOTS: tl.constexpr,
     GATHERS: tl.constexpr,
     RESETS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -49,6 +55,15 @@ def _gather_rows_kernel(
     # Casts, not methods: Triton turns a capacity of 1 into a Python integer.
     layer_base = layer.to(tl.int64) * tl.cast(capacity, tl.int64) * TOP_K
     is_slot = (layer < NUM_LAYERS)[None, :, None] & (column < TOP_K)
+    if NUM_SLOTS:
+        step = tl.load(step_ptr)
+        offset = step % NUM_SLOTS * slot_bytes
+        tl.store(stamp_ptr + offset // 8, step, mask=tl.program_id(0) == 0)
+        flags_ptr += offset
+        if NARROW:
+            rows_ptr += offset
+        else:
+            rows_ptr += offset // 2
     if GATHERS:
         is_row = row < num_rows
         source = row.to(tl.int64)
@@ -124,6 +139,8 @@ def launch_gather_step(
     flags_out: Tensor,
     num_reset: int,
     num_experts: int,
+    *,
+    ring: StepRing | None = None,
 ) -> None:
     """Gather rows `[0, num_rows)` and reset the bucket; arguments are those of `gather_step`.
 
@@ -134,12 +151,13 @@ def launch_gather_step(
         flags_out: uint8 `[>= n]`.
         num_reset: Rows of the bucket, at least n.
         num_experts: E.
+        ring: In whose slot 0 the outputs are, or None.
 
     Runtime: one launch on the current stream (each program resets the rows that it has read); no host sync; no
         allocation; CUDA-graph safe; bitwise deterministic; no gradients.
     """
     sizes = (num_rows, num_reset, num_experts)
-    _launch(cache, cache, rows_out, flags_out, sizes, (False, num_rows > 0, True))
+    _launch(cache, cache, rows_out, flags_out, sizes, (False, num_rows > 0, True), ring=ring)
 
 
 def _launch(
@@ -149,6 +167,8 @@ def _launch(
     flags_out: Tensor,
     sizes: tuple[int, int, int],
     phases: tuple[bool, bool, bool],
+    *,
+    ring: StepRing | None = None,
 ) -> None:
     """Launch the kernel; `sizes` is (n, bucket, E), `phases` (has index, gathers, resets)."""
     num_layers, capacity, top_k = cache.shape
@@ -164,12 +184,16 @@ def _launch(
         sizes[1],
         capacity,
         sizes[2],
+        cache if ring is None else ring.step,
+        cache if ring is None else ring.stamp_out,
+        0 if ring is None else ring.slot_bytes,
         NUM_LAYERS=num_layers,
         TOP_K=top_k,
         LAYERS_POW2=triton.next_power_of_2(num_layers),
         TOP_K_POW2=triton.next_power_of_2(top_k),
         NARROW=rows_out.element_size() == 1,
         HAS_INDEX=has_index,
+        NUM_SLOTS=0 if ring is None else ring.num_slots,
         GATHERS=gathers,
         RESETS=resets,
         BLOCK_ROWS=block_rows,
@@ -180,17 +204,21 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
     """Examples for the compile tests: (name, kernel, signature, constexprs).
 
     Returns:
-        Every combination of phases that is launched, both output dtypes, few and many rows, and a cache of one row.
+        Every combination of phases that is launched, both output dtypes, with and without a ring, few and many rows, and a
+        cache of one row.
     """
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
     for name, phases, rows_type, block_rows in (
         ("step_u8", (False, True, True), "*u8", 1),
         ("step_u8_many", (False, True, True), "*u8", _ROWS_OF_MANY),
         ("step_i16", (False, True, True), "*i16", 1),
+        ("step_u8_ring", (False, True, True), "*u8", 1),
+        ("step_i16_ring", (False, True, True), "*i16", _ROWS_OF_MANY),
         ("gather_u8", (True, True, False), "*u8", 1),
         ("gather_i16", (True, True, False), "*i16", _ROWS_OF_MANY),
         ("reset", (False, False, True), "*i16", 1),
     ):
+        has_ring = name.endswith("_ring")
         signature = {
             "cache_ptr": "*i16",
             "row_idx_ptr": "*i64" if phases[0] else "*i16",
@@ -200,6 +228,9 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
             "num_reset": "i32",
             "capacity": "i32",
             "num_experts": "i32",
+            "step_ptr": "*i64" if has_ring else "*i16",
+            "stamp_ptr": "*i64" if has_ring else "*i16",
+            "slot_bytes": "i32",
         }
         constexprs: dict[str, Any] = {
             "NUM_LAYERS": 48,
@@ -208,6 +239,7 @@ def compile_cases() -> Sequence[tuple[str, Any, dict[str, str], dict[str, Any]]]
             "TOP_K_POW2": 8,
             "NARROW": rows_type == "*u8",
             "HAS_INDEX": phases[0],
+            "NUM_SLOTS": 4 if has_ring else 0,
             "GATHERS": phases[1],
             "RESETS": phases[2],
             "BLOCK_ROWS": block_rows,

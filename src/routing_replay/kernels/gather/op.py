@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from routing_replay.errors import ConfigError
-from routing_replay.kernels.gather.reference import gather_rows_reference
+from routing_replay.kernels.gather.reference import StepRing, gather_rows_reference, in_slot
 from routing_replay.kernels.registration import registered
 
 __all__ = ["gather_rows", "gather_step"]
@@ -111,6 +111,7 @@ def gather_step(
     rows_out: Tensor,
     flags_out: Tensor,
     num_experts: int,
+    ring: StepRing | None = None,
 ) -> None:
     """Do what `gather_rows` does for rows `[0, num_rows)`, at the least cost for the host.
 
@@ -124,8 +125,9 @@ def gather_step(
         rows_out: uint8 (where `num_experts <= 255`) or int16, `[>= n, L, K]`, contiguous; rows from n on stay as they are.
         flags_out: uint8 `[>= n]`, contiguous; flags from n on stay as they are.
         num_experts: E.
+        ring: Where the step's number names the slot to write to; `rows_out` and `flags_out` are then in slot 0.
 
-    Runtime: one launch on the current stream; no host sync; allocates nothing on a GPU (the CPU reference O(n*L*K));
+    Runtime: one launch on the current stream; no host sync on a GPU; allocates nothing on a GPU (the CPU reference O(n*L*K));
         CUDA-graph safe; bitwise deterministic; no gradients.
     """
     if num_reset == 0:
@@ -133,6 +135,9 @@ def gather_step(
     if cache.device.type == "cuda":
         from routing_replay.kernels.gather._triton import launch_gather_step
 
-        launch_gather_step(cache, num_rows, rows_out, flags_out, num_reset, num_experts)
+        launch_gather_step(cache, num_rows, rows_out, flags_out, num_reset, num_experts, ring=ring)
     else:
+        if ring is not None:
+            rows_out, flags_out = in_slot(rows_out, ring), in_slot(flags_out, ring)
+            in_slot(ring.stamp_out, ring).copy_(ring.step)
         gather_rows_reference(cache, slice(num_rows), rows_out, flags_out, num_reset, num_experts)

@@ -1,11 +1,19 @@
 """Gathering a step's routing rows in plain torch: copy, check, reset."""
 
+from dataclasses import dataclass
 from enum import IntFlag
 
 import torch
 from torch import Tensor
 
-__all__ = ["MISSING_ID", "MISSING_ID_UINT8", "RowFault", "gather_rows_reference"]
+__all__ = [
+    "MISSING_ID",
+    "MISSING_ID_UINT8",
+    "RowFault",
+    "StepRing",
+    "gather_rows_reference",
+    "in_slot",
+]
 
 MISSING_ID = -1
 """The id of a row that nothing wrote, in int16 buffers."""
@@ -25,6 +33,40 @@ class RowFault(IntFlag):
 
     DUPLICATE = 4
     """Some layer holds the same id twice in the row."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRing:
+    """A ring whose slots the replays of a recorded gather take in turn, by the number of the step.
+
+    Attributes:
+        step: int64 `[1]` on the device: every replay finds the number of its step there.
+        num_slots: Slots of the ring; a step's is its number modulo this.
+        slot_bytes: From one slot to the next, a multiple of 8.
+        stamp_out: int64 `[1]` in slot 0: where the number is left, so that nobody takes older rows for the step's.
+    """
+
+    step: Tensor
+    num_slots: int
+    slot_bytes: int
+    stamp_out: Tensor
+
+
+def in_slot(tensor: Tensor, ring: StepRing) -> Tensor:
+    """Return what is to the slot of a ring's step what a tensor is to slot 0.
+
+    Args:
+        tensor: In slot 0, in the memory of the whole ring.
+        ring: The ring.
+
+    Returns:
+        A view.
+
+    Runtime: waits for the device.
+    """
+    slot = int(ring.step) % ring.num_slots
+    offset = slot * ring.slot_bytes // tensor.element_size()
+    return tensor.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() + offset)
 
 
 def gather_rows_reference(
