@@ -5,8 +5,10 @@ import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,7 +27,8 @@ _PACKAGES = (
 
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Add what every script takes, and parse."""
+    """Add what every script takes, and parse; a script that is told to end then ends its servers."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the result")
     parser.add_argument("--commit", help="what is measured; the checkout's commit if not given")
     return parser.parse_args()

@@ -75,8 +75,16 @@ class ServerProcess:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """End it, and its engine."""
-        if self.process.poll() is None:
+        """End it, and its engine; one that has ended by itself says what it last said."""
+        status = self.process.poll()
+        if status is not None and exc_info[0] is not None:
+            print(
+                f"the server has ended with status {status}:",
+                *self.log[-40:],
+                sep="\n",
+                file=sys.stderr,
+            )
+        if status is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(60)
