@@ -310,15 +310,14 @@ class HostCache:
             block_ids, epochs = _refs([piece.blocks[0] for piece in pieces])
             rows = np.array([piece.first for piece in pieces], np.int64)
             return _Places(block_ids, epochs, block_ids * size + starts % size, rows, None)
-        parts: list[tuple[int, int, int, int, int]] = []
-        for _, start, num_rows, first_row, blocks in pieces:
-            low, end = start, start + num_rows
-            for block in blocks:
-                high = min((low // size + 1) * size, end)
-                place = block.block_id * size + low % size
-                parts.append((block.block_id, block.epoch, place, first_row + low - start, high - low))  # fmt: skip
-                low = high
-        block_ids, epochs, places, rows, counts = np.array(parts, np.int64).T
+        block_ids, epochs = _refs([block for piece in pieces for block in piece.blocks])
+        spans = [(piece.start, piece.num_rows, piece.first, len(piece.blocks)) for piece in pieces]
+        num_blocks = np.array([span[3] for span in spans], np.int64)
+        starts, num_rows, firsts, _ = np.repeat(np.array(spans, np.int64), num_blocks, axis=0).T
+        nth = np.arange(len(block_ids)) - np.repeat(np.cumsum(num_blocks) - num_blocks, num_blocks)
+        lows = np.maximum(starts, (starts // size + nth) * size)
+        counts = np.minimum(starts + num_rows, (lows // size + 1) * size) - lows
+        places, rows = block_ids * size + lows % size, firsts + lows - starts
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         places, rows = np.repeat(places, counts) + within, np.repeat(rows, counts) + within
         return _Places(block_ids, epochs, places, rows, counts)
