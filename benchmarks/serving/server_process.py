@@ -75,15 +75,10 @@ class ServerProcess:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        """End it, and its engine; one that has ended by itself says what it last said."""
+        """End it, and its engine; where a measurement has failed, print what it last said."""
         status = self.process.poll()
-        if status is not None and exc_info[0] is not None:
-            print(
-                f"the server has ended with status {status}:",
-                *self.log[-40:],
-                sep="\n",
-                file=sys.stderr,
-            )
+        if exc_info[0] is not None:
+            print(f"the server's status is {status}, it said:", *self.log[-60:], sep="\n", file=sys.stderr)  # fmt: skip
         if status is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
