@@ -81,19 +81,20 @@ def cost_section(name: str, record: Row) -> Iterator[str]:
         yield NOTHING
         return
     found = record["cost"]
-    speed = found["tokens_per_second"]
+    speed, work = found["tokens_per_second"], found["cpu_us_a_token"]
     yield (
         f"{found['concurrency']} concurrent requests, {found['max_tokens']} new tokens each, {found['requests_a_round']} requests "
         "a round, arms in turn; ratios within a round, median with 95 % bootstrap interval."
     )
     yield ""
     yield from table(
-        ["throughput", "tokens/s", "beside captured but not returned", "beside no capture"],
+        ["", "tokens/s", "beside captured but not returned", "beside no capture", "processor us a token", "beside captured", "beside no capture"],
         [
-            ["no capture", f"{speed['no capture']:.0f}", "", ""],
-            ["captured, not returned", f"{speed['captured']:.0f}", "1", ""],
+            ["no capture", f"{speed['no capture']:.0f}", "", "", f"{work['no capture']:.0f}", "", ""],
+            ["captured, not returned", f"{speed['captured']:.0f}", "1", "", f"{work['captured']:.0f}", "1", ""],
             ["captured and returned (`trace`, `packed+zstd`)", f"{speed['returned']:.0f}",
-             ratio(found["returned_over_captured"]), ratio(found["returned_over_no_capture"])],
+             ratio(found["returned_over_captured"]), ratio(found["returned_over_no_capture"]), f"{work['returned']:.0f}",
+             ratio(found["cpu_returned_over_captured"]), ratio(found["cpu_returned_over_no_capture"])],
         ],
     )  # fmt: skip
     yield ""
@@ -112,9 +113,9 @@ def formats_section(name: str, record: Row) -> Iterator[str]:
         yield NOTHING
         return
     yield from table(
-        ["form", "bytes a row", "ms added to a request alone", "throughput beside none"],
+        ["form", "bytes a row", "ms added to a request alone", "throughput beside none", "processor time beside none"],
         [
-            [row["format"], f"{row['bytes_a_row']:.1f}", milliseconds(row["ms_alone"]), ratio(row["throughput"])]
+            [row["format"], f"{row['bytes_a_row']:.1f}", milliseconds(row["ms_alone"]), ratio(row["throughput"]), ratio(row["cpu"])]
             for row in record["formats"]
         ],
     )  # fmt: skip

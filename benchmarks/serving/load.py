@@ -5,7 +5,8 @@ python benchmarks/serving/load.py --requests 400 --rounds 2 --round-requests 128
 
 Phases are rows, cost and formats; those that `--phases` leaves out stay in the file as they are, each with its commit. Rows are
 compared under `--batch-invariant`, where a request's bits do not depend on what runs beside it. Costs are ratios
-within a round of alternating runs; the driver shares the machine with the server.
+within a round of alternating runs; the driver shares the machine with the server. Processor time is that of the server and
+its engine: what a busy machine does to wall time it leaves alone.
 """
 
 import argparse
@@ -153,6 +154,16 @@ async def run_round(
     return seconds, answers
 
 
+def timed_round(
+    server: ServerProcess, asked: Sequence[Request], fields: dict[str, object], concurrency: int
+) -> tuple[float, float, list[Answer]]:
+    """Run a round; return tokens a second, microseconds of the server's processor time a token, and answers."""
+    bodies = [request.body(**fields) for request in asked]
+    tokens, before = sum(request.max_tokens for request in asked), server.cpu_seconds()
+    seconds, answers = asyncio.run(run_round(server.address, bodies, concurrency))
+    return tokens / seconds, 1e6 * (server.cpu_seconds() - before) / tokens, answers
+
+
 async def forget_prompts(address: tuple[str, int]) -> None:
     """Empty the prefix cache."""
     connection = Connection(address)
@@ -162,13 +173,10 @@ async def forget_prompts(address: tuple[str, int]) -> None:
         raise SystemExit(f"the prefix cache was not reset: {answer.status} {answer.body[:300]}")
 
 
-def _tokens(asked: Sequence[Request]) -> int:
-    return sum(request.max_tokens for request in asked)
-
-
 def cost_phase(options: argparse.Namespace) -> dict[str, object]:
     """Throughput without capture, with capture alone, and with routing returned, in turn."""
     rates: dict[str, list[float]] = {"no capture": [], "captured": [], "returned": []}
+    work: dict[str, list[float]] = {name: [] for name in rates}
     latency: dict[str, list[Answer]] = {"captured": [], "returned": []}
     seats = ("--max-num-seqs", str(options.streams), "--max-queued-requests", str(options.streams))
     with ExitStack() as stack:
@@ -183,12 +191,12 @@ def cost_phase(options: argparse.Namespace) -> dict[str, object]:
             asked = requests(options.round_requests, seed=number + 1, max_tokens=options.max_tokens)
             for name in sorted(arms, reverse=bool(number % 2)):
                 server, fields = arms[name]
-                bodies = [request.body(**fields) for request in asked]
                 # Two arms share a server: without this, the one that comes second finds its prompts computed.
                 asyncio.run(forget_prompts(server.address))
-                seconds, _ = asyncio.run(run_round(server.address, bodies, options.streams))
+                rate, cpu, _ = timed_round(server, asked, fields, options.streams)
                 if number:  # the first round warms up
-                    rates[name].append(_tokens(asked) / seconds)
+                    rates[name].append(rate)
+                    work[name].append(cpu)
                     print(f"round {number}, {name}: {rates[name][-1]:.0f} tokens/s", flush=True)
         for number in range(2):
             for name in ("captured", "returned"):
@@ -207,6 +215,9 @@ def cost_phase(options: argparse.Namespace) -> dict[str, object]:
         "tokens_per_second": {name: statistics.median(found) for name, found in rates.items()},
         "returned_over_captured": paired_ratio(rates["returned"], rates["captured"]),
         "returned_over_no_capture": paired_ratio(rates["returned"], rates["no capture"]),
+        "cpu_us_a_token": {name: statistics.median(found) for name, found in work.items()},
+        "cpu_returned_over_captured": paired_ratio(work["returned"], work["captured"]),
+        "cpu_returned_over_no_capture": paired_ratio(work["returned"], work["no capture"]),
         "streams": {name: _latencies(answers) for name, answers in latency.items()},
     }
 
@@ -247,6 +258,7 @@ def formats_phase(options: argparse.Namespace, store: str) -> list[dict[str, obj
     with ServerProcess(CAPTURING, *seats, "--routed-experts-store", store) as server:
         for name, fields in FORMATS.items():
             rates: dict[str, list[float]] = {"with": [], "without": []}
+            work: dict[str, list[float]] = {"with": [], "without": []}
             sides = {
                 "with": {"return_routed_experts": True, **fields},
                 "without": {"return_routed_experts": False},
@@ -254,12 +266,10 @@ def formats_phase(options: argparse.Namespace, store: str) -> list[dict[str, obj
             sizes, added = {"with": 0, "without": 0}, list[float]()
             for number in range(options.rounds + 1):
                 for side in sorted(rates, reverse=bool(number % 2)):
-                    bodies = [request.body(**sides[side]) for request in asked]
-                    seconds, answers = asyncio.run(
-                        run_round(server.address, bodies, options.streams)
-                    )
+                    rate, cpu, answers = timed_round(server, asked, sides[side], options.streams)
                     if number:
-                        rates[side].append(_tokens(asked) / seconds)
+                        rates[side].append(rate)
+                        work[side].append(cpu)
                         sizes[side] = sum(len(answer.body) for answer in answers)
                 if number:
                     added += asyncio.run(added_ms(server.address, asked[:ALONE], sides))
@@ -268,6 +278,7 @@ def formats_phase(options: argparse.Namespace, store: str) -> list[dict[str, obj
                 "bytes_a_row": (sizes["with"] - sizes["without"]) / rows,
                 "ms_alone": interval_of_median(added),
                 "throughput": paired_ratio(rates["with"], rates["without"]),
+                "cpu": paired_ratio(work["with"], work["without"]),
             })  # fmt: skip
             print(
                 table[-1]["format"], table[-1]["bytes_a_row"], table[-1]["throughput"], flush=True

@@ -157,6 +157,10 @@ class ServerProcess:
         """Return the resident bytes of both processes."""
         return {"api": resident_bytes(self.api_pid), "engine": resident_bytes(self.engine_pid)}
 
+    def cpu_seconds(self) -> float:
+        """Return the processor time of both processes so far."""
+        return sum(processor_seconds(pid) for pid in (self.api_pid, self.engine_pid))
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process that listens."""
         os.kill(self.api_pid, number)
@@ -168,6 +172,12 @@ class ServerProcess:
             del self.log[:-1000]
             if not self.url and (found := _LISTENING.search(line)) is not None:
                 self.url = found[1]
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time of a process, all its threads, in the user's mode and the kernel's."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_bytes(pid: int) -> int:
