@@ -123,6 +123,27 @@ def formats_section(name: str, record: Row) -> Iterator[str]:
     yield source_line(name, of_phase(record, "formats"), f", {record['model']}")
 
 
+def encode_section(name: str, record: Row) -> Iterator[str]:
+    """Yield the processor time of making each form."""
+    short, long = (record["responses"][length] for length in ("short", "long"))
+    yield (
+        "What the server does to make a form, from rows to the JSON text that is sent, at the shape of Qwen3-30B-A3B (48 layers, "
+        f"128 experts, top 8): a response of {short['prompt']} + {short['output']} tokens and one of {long['prompt']} + "
+        f"{long['output']}; median of {short['rounds']} and {long['rounds']} rounds, forms in turn."
+    )
+    yield ""
+    yield from table(
+        ["form", "bytes a row", "short: us a row", "ms", "long: us a row", "ms"],
+        [
+            [row["format"], f"{row['bytes_a_row']:.1f}", f"{row['us_a_row']:.2f}", f"{row['ms_a_response']:.1f}",
+             f"{other['us_a_row']:.2f}", f"{other['ms_a_response']:.0f}"]
+            for row, other in zip(short["forms"], long["forms"], strict=True)
+        ],
+    )  # fmt: skip
+    yield ""
+    yield source_line(name, record)
+
+
 def stall_section(name: str, record: Row) -> Iterator[str]:
     """Yield waits between tokens of other streams."""
     yield (
@@ -231,6 +252,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[str, Row], Iterator[str]]]] = {
     "rows": ("serving_load.json", rows_section),
     "cost": ("serving_load.json", cost_section),
     "formats": ("serving_load.json", formats_section),
+    "encode": ("serving_encode.json", encode_section),
     "stall": ("serving_stall.json", stall_section),
     "faults": ("serving_faults.json", faults_section),
     "soak": ("serving_soak.json", soak_section),
