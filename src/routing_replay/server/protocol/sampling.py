@@ -1,14 +1,13 @@
 """Fields of a request about sampling, under OpenAI's and vLLM's names."""
 
-from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 from pydantic import Field, JsonValue
 
 from routing_replay.engine import SamplingParams
 from routing_replay.server.bodies import RequestBody
 
-__all__ = ["IgnoredFields", "SamplingFields", "StreamOptions"]
+__all__ = ["IgnoredFields", "SamplingFields", "StopFields", "StreamOptions"]
 
 _MAX_STOP_STRINGS = 64
 _MAX_STOP_LENGTH = 4096
@@ -48,7 +47,34 @@ class IgnoredFields(RequestBody):
     prompt_cache_retention: Annotated[str | None, Field(description="Accepted, not used.")] = None
 
 
-class SamplingFields(RequestBody):
+class _Stops(TypedDict):
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+
+
+class StopFields(RequestBody):
+    """What ends a text besides its length, under names that all protocols share."""
+
+    stop: Annotated[
+        StopString | Annotated[list[StopString], Field(max_length=_MAX_STOP_STRINGS)] | None,
+        Field(description="A string or strings that end the text."),
+    ] = None
+    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=1024)] = None
+    ignore_eos: bool = False
+
+    @property
+    def stops(self) -> _Stops:
+        """The engine's settings that say the same."""
+        strings = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return {
+            "stop": tuple(strings),
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "ignore_eos": self.ignore_eos,
+        }
+
+
+class SamplingFields(StopFields):
     """How to sample; null means the default."""
 
     n: Annotated[int | None, Field(ge=1, le=128, description="Completions; 1 by default.")] = None
@@ -67,13 +93,7 @@ class SamplingFields(RequestBody):
     min_tokens: Annotated[
         int | None, Field(ge=0, lt=2**31, description="Tokens before which nothing ends the text.")
     ] = None
-    stop: Annotated[
-        StopString | Annotated[list[StopString], Field(max_length=_MAX_STOP_STRINGS)] | None,
-        Field(description="A string or strings that end the text."),
-    ] = None
-    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=1024)] = None
     include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
     prompt_logprobs: Annotated[
         int | None,
         Field(ge=0, lt=2**31, description="Alternatives to return with each prompt token."),
@@ -90,13 +110,6 @@ class SamplingFields(RequestBody):
     request_id: Annotated[
         RequestId | None, Field(description="Name of the request, for `/abort`.")
     ] = None
-
-    @property
-    def stop_strings(self) -> Sequence[str]:
-        """Strings that end the text."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else self.stop
 
     def sampling_params(
         self, *, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
@@ -130,10 +143,8 @@ class SamplingFields(RequestBody):
         return SamplingParams(
             **given,
             max_tokens=max_tokens,
-            stop=tuple(self.stop_strings),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
+            **self.stops,
             include_stop_str_in_output=self.include_stop_str_in_output,
-            ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )

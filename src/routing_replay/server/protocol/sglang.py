@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, RootModel
 from routing_replay.engine import SamplingParams
 from routing_replay.errors import ConfigError
 from routing_replay.server.bodies import RequestBody
-from routing_replay.server.protocol.sampling import Penalty, RequestId, StopString, TokenId
+from routing_replay.server.protocol.sampling import Penalty, RequestId, StopFields, TokenId
 from routing_replay.server.routing import ChoiceRouting, RoutingOptions
 
 __all__ = [
@@ -30,7 +30,7 @@ _StartLen = Annotated[int, Field(ge=-1, lt=2**31)]
 _NotSupported = Annotated[None, Field(description="Not supported.")]
 
 
-class SglangSampling(RequestBody):
+class SglangSampling(StopFields):
     """`sampling_params`, under SGLang's names and with its defaults."""
 
     max_new_tokens: Annotated[
@@ -46,9 +46,6 @@ class SglangSampling(RequestBody):
     presence_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     sampling_seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
-    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=1024)] = None
-    ignore_eos: bool = False
     no_stop_trim: Annotated[
         bool, Field(description="Keep the stop string, or the token that ended, in the text.")
     ] = False
@@ -85,7 +82,6 @@ class SglangSampling(RequestBody):
         Raises:
             ConfigError: Two of them do not go together.
         """
-        stop = () if self.stop is None else self.stop
         return SamplingParams(
             n=self.n,
             temperature=self.temperature,
@@ -98,10 +94,8 @@ class SglangSampling(RequestBody):
             seed=self.sampling_seed,
             max_tokens=max_tokens,
             min_tokens=self.min_new_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
+            **self.stops,
             include_stop_str_in_output=self.no_stop_trim,
-            ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )

@@ -11,7 +11,7 @@ from routing_replay.server.protocol.responses import PromptLogprob, Usage
 from routing_replay.server.protocol.sampling import (
     Penalty,
     RequestId,
-    StopString,
+    StopFields,
     StreamOptions,
     TokenId,
 )
@@ -30,7 +30,7 @@ class _ExtraArgs(RequestBody):
     ] = False
 
 
-class VllmSampling(RequestBody):
+class VllmSampling(StopFields):
     """`sampling_params`, under vLLM's names and with its defaults."""
 
     n: Annotated[int, Field(ge=1, le=128)] = 1
@@ -46,10 +46,7 @@ class VllmSampling(RequestBody):
         int | None, Field(ge=0, lt=2**31, description="As many as fit by default.")
     ] = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    stop: StopString | Annotated[list[StopString], Field(max_length=64)] | None = None
-    stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=1024)] = None
     include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
     logprobs: Annotated[int | None, Field(ge=0, lt=2**31)] = None
     prompt_logprobs: Annotated[int | None, Field(ge=0, lt=2**31)] = None
     routed_experts_prompt_start: Annotated[
@@ -83,7 +80,6 @@ class VllmSampling(RequestBody):
         Raises:
             ConfigError: Two of them do not go together.
         """
-        stop = () if self.stop is None else self.stop
         return SamplingParams(
             n=self.n,
             temperature=self.temperature,
@@ -96,10 +92,8 @@ class VllmSampling(RequestBody):
             seed=self.seed,
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
+            **self.stops,
             include_stop_str_in_output=self.include_stop_str_in_output,
-            ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
         )
