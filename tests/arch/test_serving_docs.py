@@ -24,7 +24,7 @@ def _document(results: Path, **records: dict[str, object]) -> str:
 
 
 def test_without_results_every_section_says_so(tmp_path: Path):
-    assert _document(tmp_path).count("No result has been committed yet.") == 7
+    assert _document(tmp_path).count("No result has been committed yet.") == 8
 
 
 @pytest.mark.parametrize(("differs", "said"), [(True, "differs."), (False, "DOES NOT DIFFER.")])
@@ -36,18 +36,28 @@ def test_load_has_losses_ratios_and_forms(tmp_path: Path, differs: bool, said: s
             "concurrency": 256, "max_tokens": 32, "requests_a_round": 1024,
             "tokens_per_second": {"no capture": 1000.4, "captured": 990.0, "returned": 985.0},
             "returned_over_captured": RATIO, "returned_over_no_capture": RATIO,
+            "cpu_us_a_token": {"no capture": 800.0, "captured": 810.0, "returned": 823.4},
+            "cpu_returned_over_captured": {**RATIO, "median": 1.017}, "cpu_returned_over_no_capture": {**RATIO, "median": 1.029},
             "streams": {"captured": stream, "returned": stream},
         },
-        "formats": [{"format": "vllm", "bytes_a_row": 85.33, "ms_alone": {"median": 0.5, "interval_95": [-0.25, 1.5]}, "throughput": RATIO}],
+        "formats": [{"format": "vllm", "bytes_a_row": 85.33, "ms_alone": {"median": 0.5, "interval_95": [-0.25, 1.5]}, "throughput": RATIO,
+                     "cpu": {**RATIO, "median": 1.023}}],
     }  # fmt: skip
     text = _document(tmp_path, serving_load=record)
     assert (
         "1 lost, 2 with other tokens, 3 with other rows than offline generation; 999 rows" in text
     )
     assert said in text
-    assert "| 985 | 0.981 [0.970, 0.990], 8 rounds | 0.981 [0.970, 0.990], 8 rounds |" in text
+    assert (
+        "| 985 | 0.981 [0.970, 0.990], 8 rounds | 0.981 [0.970, 0.990], 8 rounds | 823 | 1.017 ["
+        in text
+    )
+    assert "8 rounds | 1.029 [0.970, 0.990], 8 rounds |" in text
     assert "| returned | 1.2 | 9.5 | 1.2 | 9.5 |" in text
-    assert "| vllm | 85.3 | 0.50 [-0.25, 1.50] | 0.981 [0.970, 0.990], 8 rounds |" in text
+    assert (
+        "| vllm | 85.3 | 0.50 [-0.25, 1.50] | 0.981 [0.970, 0.990], 8 rounds | 1.023 [0.970, 0.990], 8 rounds |"
+        in text
+    )
     assert (
         "CPU, 2 cores, load average 0.2 at the start, torch 2, Python 3.11, commit c0ffee" in text
     )
@@ -55,7 +65,7 @@ def test_load_has_losses_ratios_and_forms(tmp_path: Path, differs: bool, said: s
 
 def test_a_phase_that_was_measured_earlier_has_its_own_commit(tmp_path: Path):
     rows = {"requests": 1, "streams": 1, "lost": 0, "other_tokens": 0, "mixed_up": 0, "rows_equal": 9, "twin_differs": True}  # fmt: skip
-    formats = [{"format": "vllm", "bytes_a_row": 1.0, "ms_alone": {"median": 0.5, "interval_95": [0.0, 1.0]}, "throughput": RATIO}]  # fmt: skip
+    formats = [{"format": "vllm", "bytes_a_row": 1.0, "ms_alone": {"median": 0.5, "interval_95": [0.0, 1.0]}, "throughput": RATIO, "cpu": RATIO}]  # fmt: skip
     record = {"commits": {"rows": "earlier", "formats": "c0ffee"}, "rows": rows, "formats": formats}
     text = _document(tmp_path, serving_load=record)
     assert text.count("commit earlier") == 1
@@ -63,7 +73,19 @@ def test_a_phase_that_was_measured_earlier_has_its_own_commit(tmp_path: Path):
 
 
 def test_a_load_without_a_phase_says_so(tmp_path: Path):
-    assert _document(tmp_path, serving_load={}).count("No result has been committed yet.") == 7
+    assert _document(tmp_path, serving_load={}).count("No result has been committed yet.") == 8
+
+
+def test_making_a_form_has_both_lengths(tmp_path: Path):
+    short = {"format": "vllm", "bytes_a_row": 512.34, "us_a_row": 0.904, "ms_a_response": 0.69}
+    long = {"format": "vllm", "bytes_a_row": 512.01, "us_a_row": 0.196, "ms_a_response": 6.4}
+    of = {
+        "short": {"prompt": 512, "output": 256, "rounds": 40, "forms": [short]},
+        "long": {"prompt": 32000, "output": 768, "rounds": 5, "forms": [long]},
+    }
+    text = _document(tmp_path, serving_encode={"responses": of})
+    assert "512 + 256 tokens and one of 32000 + 768; median of 40 and 5 rounds" in text
+    assert "| vllm | 512.3 | 0.90 | 0.7 | 0.20 | 6 |" in text
 
 
 def test_stalls_faults_soak_and_fuzz(tmp_path: Path):
