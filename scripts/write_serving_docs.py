@@ -126,9 +126,10 @@ def formats_section(name: str, record: Row) -> Iterator[str]:
 def encode_section(name: str, record: Row) -> Iterator[str]:
     """Yield the processor time of making each form."""
     short, long = (record["responses"][length] for length in ("short", "long"))
+    model = record["model"]
     yield (
-        "What the server does to make a form, from rows to the JSON text that is sent, at the shape of Qwen3-30B-A3B (48 layers, "
-        f"128 experts, top 8): a response of {short['prompt']} + {short['output']} tokens and one of {long['prompt']} + "
+        "What the server does to make a form, from rows to the JSON text that is sent, at the shape of Qwen3-30B-A3B "
+        f"({model['num_layers']} layers, {model['num_experts']} experts, top {model['top_k']}): a response of {short['prompt']} + {short['output']} tokens and one of {long['prompt']} + "
         f"{long['output']}; median of {short['rounds']} and {long['rounds']} rounds, forms in turn."
     )
     yield ""

@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,9 @@ def main() -> None:
     for name, (prompt, output, rounds) in RESPONSES.items():
         responses[name] = {"prompt": prompt, "output": output, "rounds": rounds, "forms": asyncio.run(measure(prompt, output, rounds))}  # fmt: skip
         print(name, responses[name], flush=True)
-    write(options.out, {**provenance(options.commit), "responses": responses})
+    write(
+        options.out, {**provenance(options.commit), "model": asdict(MODEL), "responses": responses}
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python benchmarks/serving/load.py --requests 400 --rounds 2 --round-requests 128
 Phases are rows, cost and formats; those that `--phases` leaves out stay in the file as they are, each with its commit. Rows are
 compared under `--batch-invariant`, where a request's bits do not depend on what runs beside it. Costs are ratios
 within a round of alternating runs; the driver shares the machine with the server. Processor time is that of the server and
-its engine: what a busy machine does to wall time it leaves alone.
+its engine, without what the driver and others take; shared cores make it vary all the same.
 """
 
 import argparse

@@ -83,7 +83,9 @@ def test_making_a_form_has_both_lengths(tmp_path: Path):
         "short": {"prompt": 512, "output": 256, "rounds": 40, "forms": [short]},
         "long": {"prompt": 32000, "output": 768, "rounds": 5, "forms": [long]},
     }
-    text = _document(tmp_path, serving_encode={"responses": of})
+    model = {"num_layers": 48, "num_experts": 128, "top_k": 8}
+    text = _document(tmp_path, serving_encode={"model": model, "responses": of})
+    assert "(48 layers, 128 experts, top 8): a response of" in text
     assert "512 + 256 tokens and one of 32000 + 768; median of 40 and 5 rounds" in text
     assert "| vllm | 512.3 | 0.90 | 0.7 | 0.20 | 6 |" in text
 

@@ -311,14 +311,13 @@ class HostCache:
             rows = np.array([piece.first for piece in pieces], np.int64)
             return _Places(block_ids, epochs, block_ids * size + starts % size, rows, None)
         block_ids, epochs = _refs([block for piece in pieces for block in piece.blocks])
-        spans = [(piece.start, piece.num_rows, piece.first, len(piece.blocks)) for piece in pieces]
-        num_blocks = np.array([span[3] for span in spans], np.int64)
-        starts, num_rows, firsts, _ = np.repeat(np.array(spans, np.int64), num_blocks, axis=0).T
-        nth = np.arange(len(block_ids)) - np.repeat(np.cumsum(num_blocks) - num_blocks, num_blocks)
-        lows = np.maximum(starts, (starts // size + nth) * size)
+        spans = [(piece.start, piece.num_rows, piece.first) for piece in pieces]
+        num_blocks = np.array([len(piece.blocks) for piece in pieces], np.int64)
+        starts, num_rows, firsts = np.repeat(np.array(spans, np.int64), num_blocks, axis=0).T
+        lows = np.maximum(starts, (starts // size + _within(num_blocks)) * size)
         counts = np.minimum(starts + num_rows, (lows // size + 1) * size) - lows
         places, rows = block_ids * size + lows % size, firsts + lows - starts
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        within = _within(counts)
         places, rows = np.repeat(places, counts) + within, np.repeat(rows, counts) + within
         return _Places(block_ids, epochs, places, rows, counts)
 
@@ -346,6 +345,11 @@ def _lost(request_id: str, token_idx: int) -> CaptureError:
         f"request {request_id!r}: the routing row of token index {token_idx} never arrived; send the request again and "
         "report this"
     )
+
+
+def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions in groups that follow each other: 0 to its count, less one, for each group."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _refs(blocks: Sequence[BlockRef]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
