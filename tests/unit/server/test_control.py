@@ -2,31 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import pytest
 
-from _support.live_server import LiveServer, live_server, post, tiny_moe_engine
+from _support.live_server import LiveServer, post
 from routing_replay.assets import tiny_moe_path
-from routing_replay.server import ServingConfig
 
 BODY = {"prompt": "<|user|>12+34=<|assistant|>", "temperature": 0, "max_tokens": 8}
 LONG = {**BODY, "max_tokens": 480, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[LiveServer]:
-    config = ServingConfig(port=0, served_model_names=("tiny-moe",))
-    with live_server(tiny_moe_engine(num_kv_blocks=64), config) as live:
-        yield live
-
-
-@pytest.fixture
-def client(live: LiveServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=live.url, timeout=60) as client:
-        yield client
 
 
 def metric(client: httpx.Client, name: str) -> float:
